@@ -1,0 +1,1 @@
+"""The engine process: schedule, run, sample, publish."""
