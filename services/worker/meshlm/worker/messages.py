@@ -40,6 +40,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
 
     id: str  # unique among live sequences
     prompt: list[int]
+    generated: list[int] = []  # output made elsewhere: the sequence goes on behind it, and it counts as output
     sampling: Sampling
     limits: Limits
     priority: int = 0  # smaller goes first, as in vLLM
@@ -113,7 +114,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     total_blocks: int
     pending_prefill_tokens: int
     cached_blocks: int
-    digest: bytes  # a Bloom filter over the hashes of cached prefix blocks, see `engine/blocks.py`
+    digest: bytes  # a Bloom filter over the hashes of cached prefix blocks, see `engine/digest.py`
     steps_total: int
     preemptions_total: int
     cancelled_total: int

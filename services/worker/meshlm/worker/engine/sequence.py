@@ -23,6 +23,7 @@ class Sequence:
     tokens: list[int]  # prompt, then output
     blocks: list[int] = field(default_factory=list)  # block table: position p lives in blocks[p // block_size]
     computed: int = 0
+    hashes: list[bytes] = field(default_factory=list)  # prefix hash of each full block, see `blocks.py`
     cached: int = 0  # prompt tokens found in the prefix cache at the first admission
     status: Status = Status.WAITING
     preemptions: int = 0
@@ -66,12 +67,12 @@ class Sampled:
     top: tuple[TokenLogprob, ...] = ()
 
 
-class StepOutOfMemory(Exception):
+class StepOutOfMemory(Exception):  # noqa: N818 - named as the condition, like StopIteration
     """The device had no memory for a step; nothing of the step took effect."""
 
 
 class Runner(Protocol):
-    """Runs a model over a ragged batch. The KV cache is the runner's; which block belongs to whom is the scheduler's."""
+    """Runs a model over a ragged batch. The KV cache is the runner's; whose block is whose is the scheduler's."""
 
     @property
     def facts(self) -> ModelFacts: ...

@@ -1,0 +1,130 @@
+"""A runner without a model, for tests of everything around one. It serves only where the config names it.
+
+It is honest about the KV cache: `run` writes each token where the block table says, and the next token is a hash of
+what is *read back* through the table (and of the seed, unless greedy). A block given to two writers, freed too early
+or shared with the wrong prefix therefore changes the tokens, which `expected_tokens` foretells from the prompt alone.
+
+Tokens 0 to 255 are bytes, END is the end of sequence. A prompt with one of the FAULTS in it makes the runner fail
+when it draws that sequence's fourth token.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from hashlib import blake2b
+
+import msgspec
+from meshlm.worker.engine.sequence import Chunk, Sampled, Sequence, StepOutOfMemory
+from meshlm.worker.messages import ModelFacts, Sampling, TokenLogprob
+
+END = 256
+VOCAB_SIZE = 257
+LETTERS = b"abcdefghijklmnopqrstuvwxyz     ."
+FAULTY_AT = 3  # output tokens before a fault strikes
+
+HANG = b"!hang"
+CRASH = b"!crash"
+KILL = b"!kill"
+OUT_OF_MEMORY = b"!oom"
+FAULTS = (HANG, CRASH, KILL, OUT_OF_MEMORY)
+
+
+class FakeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The size and pace of the fake."""
+
+    total_blocks: int = 512
+    block_size: int = 16  # tokens
+    max_context: int = 2048  # tokens
+    step_seconds: float = 0.0
+    load_seconds: float = 0.0
+    end_one_in: int = 0  # END is drawn about once in so many tokens; 0 is never
+
+
+def next_token(context: bytes, sampling: Sampling, end_one_in: int = 0) -> int:
+    """The token after `context` (token ids as little-endian 16-bit words)."""
+    seed = 0 if sampling.temperature == 0 else sampling.seed
+    word = int.from_bytes(
+        blake2b(context, digest_size=8, salt=seed.to_bytes(16, "little", signed=True)).digest(), "little"
+    )
+    if end_one_in and word % end_one_in == 0:
+        return END
+    return LETTERS[(word >> 32) % len(LETTERS)]
+
+
+def expected_tokens(prompt: list[int], sampling: Sampling, count: int, end_one_in: int = 0) -> list[int]:
+    """The first `count` tokens that a FakeRunner draws behind `prompt`, whatever else it does."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        tokens.append(next_token(_words(tokens), sampling, end_one_in))
+    return tokens[len(prompt) :]
+
+
+def _words(tokens: list[int]) -> bytes:
+    return b"".join(token.to_bytes(2, "little") for token in tokens)
+
+
+class FakeRunner:
+    """Satisfies `engine.sequence.Runner`."""
+
+    def __init__(self, settings: FakeSettings) -> None:
+        self._settings = settings
+        self._memory = [bytearray(2 * settings.block_size) for _ in range(settings.total_blocks)]
+        self._struck: set[str] = set()
+        self.facts = ModelFacts(
+            architecture="fake",
+            vocab_size=VOCAB_SIZE,
+            max_context=settings.max_context,
+            block_size=settings.block_size,
+            total_blocks=settings.total_blocks,
+            weight_bytes=0,
+            kv_bytes=2 * settings.block_size * settings.total_blocks,
+            quantization="none",
+            parameters=0,
+        )
+
+    def run(self, chunks: list[Chunk]) -> list[Sampled | None]:
+        """See `Runner.run`."""
+        for chunk in chunks:
+            self._strike(chunk.sequence)
+        if self._settings.step_seconds:
+            time.sleep(self._settings.step_seconds)
+        for chunk in chunks:
+            self._write(chunk)
+        return [self._draw(chunk.sequence) if chunk.sample else None for chunk in chunks]
+
+    def forget(self, sequence: Sequence) -> None:
+        """The fake has no per-sequence state."""
+
+    def _write(self, chunk: Chunk) -> None:
+        size = self._settings.block_size
+        for position in range(chunk.start, chunk.start + chunk.count):
+            block, slot = chunk.sequence.blocks[position // size], 2 * (position % size)
+            self._memory[block][slot : slot + 2] = chunk.sequence.tokens[position].to_bytes(2, "little")
+
+    def _draw(self, sequence: Sequence) -> Sampled:
+        context = b"".join(self._memory[block] for block in sequence.blocks)[: 2 * len(sequence.tokens)]
+        sampling = sequence.request.sampling
+        token = next_token(context, sampling, self._settings.end_one_in)
+        if sampling.logprobs is None:
+            return Sampled(token)
+        top = tuple(TokenLogprob((token + i) % VOCAB_SIZE, -1.0 - i) for i in range(sampling.logprobs))
+        return Sampled(token, -1.0, top)
+
+    def _strike(self, sequence: Sequence) -> None:
+        if sequence.output_length != FAULTY_AT or sequence.id in self._struck:
+            return
+        prompt = bytes(token for token in sequence.request.prompt if token < END)
+        fault = next((fault for fault in FAULTS if fault in prompt), None)
+        if fault is None:
+            return
+        self._struck.add(sequence.id)
+        if fault == HANG:
+            time.sleep(3600)
+        elif fault == KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault == CRASH:
+            raise RuntimeError("the fake runner was told to crash")
+        else:
+            raise StepOutOfMemory

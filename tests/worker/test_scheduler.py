@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from meshlm.worker.engine.engine import Engine
+from meshlm.worker.engine.scheduler import Scheduler, SchedulerSettings
+from meshlm.worker.engine.sequence import Chunk, Sampled, Sequence, Status, StepOutOfMemory
+from meshlm.worker.fake import END, FakeRunner, FakeSettings, expected_tokens
+from meshlm.worker.messages import Finish, Finished, Limits, Sampling, Submit
+
+GREEDY = Sampling(temperature=0)
+SMALL = SchedulerSettings(max_running=4, max_waiting=8, chunk_tokens=8, step_tokens=20)
+
+
+def submit(name: str, prompt: list[int], max_tokens: int = 4, **fields: object) -> Submit:
+    limits = {key: fields.pop(key) for key in ("deadline", "stop_token_ids", "min_tokens") if key in fields}
+    fields.setdefault("sampling", GREEDY)
+    return Submit(id=name, prompt=prompt, limits=Limits(max_tokens=max_tokens, **limits), **fields)  # type: ignore[arg-type]
+
+
+@dataclass
+class CheckedRunner(FakeRunner):
+    """A fake runner that sees to it that what it is asked to do is lawful."""
+
+    fake: FakeSettings
+    fail_at: set[int] = field(default_factory=set)
+    calls: int = 0
+    batches: list[list[tuple[str, int, int]]] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.fake)
+
+    def run(self, chunks: list[Chunk]) -> list[Sampled | None]:
+        self.calls += 1
+        if self.calls in self.fail_at:
+            raise StepOutOfMemory
+        self.batches.append([(chunk.sequence.id, chunk.start, chunk.count) for chunk in chunks])
+        written: set[int] = set()
+        for chunk in chunks:
+            sequence, size = chunk.sequence, self.facts.block_size
+            assert sequence.status is Status.RUNNING
+            assert chunk.start == sequence.computed
+            assert chunk.count > 0
+            assert chunk.sample == (chunk.start + chunk.count == len(sequence.tokens))
+            own = set(sequence.blocks[chunk.start // size : (chunk.start + chunk.count - 1) // size + 1])
+            assert not own & written, "two writers"
+            written |= own
+        readers: dict[int, set[tuple[bytes, tuple[int, ...]]]] = defaultdict(set)
+        for chunk in chunks:
+            sequence, size = chunk.sequence, self.facts.block_size
+            for i, block in enumerate(sequence.blocks):
+                readers[block].add((sequence.request.cache_salt, tuple(sequence.tokens[: (i + 1) * size])))
+        assert all(len(prefixes) == 1 for prefixes in readers.values()), "shared among unequal prefixes"
+        return super().run(chunks)
+
+    def forget(self, sequence: Sequence) -> None:
+        self.forgotten.append(sequence.id)
+
+
+@dataclass
+class Bench:
+    """An engine whose clock stands still unless moved, and what came out of it."""
+
+    runner: CheckedRunner
+    scheduling: SchedulerSettings = SMALL
+    now: float = 1.0
+    tokens: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    finished: dict[str, Finished] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.engine = Engine(self.runner, self.scheduling, clock=lambda: self.now)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.engine.scheduler
+
+    def step(self) -> None:
+        self.now += 1.0
+        report = self.engine.step()
+        self.started += [event.id for event in report.started]
+        for token in report.tokens:
+            assert token.id not in self.finished
+            self.tokens[token.id].append(token.token)
+        for end in report.finished:
+            assert end.id not in self.finished, "ended twice"
+            self.finished[end.id] = end
+
+    def drain(self, bound: int = 2000) -> None:
+        for _ in range(bound):
+            if not self.engine.busy:
+                return
+            self.step()
+        raise AssertionError(f"still busy after {bound} steps")
+
+
+def bench(total_blocks: int = 16, scheduling: SchedulerSettings = SMALL, **options: object) -> Bench:
+    fake = FakeSettings(
+        total_blocks=total_blocks, block_size=4, max_context=64, end_one_in=int(options.pop("end_one_in", 0))
+    )  # type: ignore[call-overload]
+    return Bench(CheckedRunner(fake, **options), scheduling)  # type: ignore[arg-type]
+
+
+def test_a_long_prompt_does_not_stall_a_running_stream() -> None:
+    b = bench()
+    b.engine.submit(submit("stream", [1, 2, 3], max_tokens=12))
+    b.step()
+    b.engine.submit(submit("long", list(range(30)), max_tokens=1))
+    for _ in range(4):  # 30 tokens in chunks of 8
+        b.step()
+        assert b.runner.batches[-1][0][0] == "stream"
+    assert len(b.tokens["stream"]) == 5
+    assert b.finished["long"].reason is Finish.LENGTH
+
+
+def test_prompts_are_cut_at_the_same_places_alone_and_under_load() -> None:
+    def cuts(load: int) -> list[tuple[int, int]]:
+        b = bench(total_blocks=64)
+        for i in range(load):
+            b.engine.submit(submit(f"other{i}", [100 + i] * 5, max_tokens=9))
+        b.engine.submit(submit("it", list(range(21)), arrival=0.5))
+        b.drain()
+        return [(start, count) for batch in b.runner.batches for name, start, count in batch if name == "it"][:3]
+
+    assert cuts(0) == cuts(6) == [(0, 8), (8, 8), (16, 5)]
+
+
+def test_a_cached_prefix_is_not_computed_again_but_its_last_token_is() -> None:
+    b = bench()
+    prompt = list(range(12))
+    b.engine.submit(submit("first", prompt))
+    b.drain()
+    b.runner.batches.clear()
+    b.engine.submit(submit("second", prompt))
+    b.drain()
+    assert b.runner.batches[0] == [("second", 8, 4)]  # 12 tokens are 3 blocks, of which 2 leave a token to compute
+    assert b.finished["second"].cached_tokens == 8
+    assert b.tokens["first"] == b.tokens["second"]
+
+
+def test_another_salt_does_not_see_the_cached_prefix() -> None:
+    b = bench()
+    b.engine.submit(submit("mine", list(range(12)), cache_salt=b"a"))
+    b.drain()
+    b.engine.submit(submit("theirs", list(range(12)), cache_salt=b"b"))
+    b.drain()
+    assert b.finished["theirs"].cached_tokens == 0
+
+
+def test_smaller_priority_and_then_arrival_start_first() -> None:
+    b = bench(scheduling=SchedulerSettings(max_running=1, max_waiting=8, chunk_tokens=8, step_tokens=20))
+    for name, priority, arrival in [("late", 0, 2.0), ("early", 0, 1.0), ("batch", 1, 0.0), ("critical", -1, 3.0)]:
+        b.engine.submit(submit(name, [1, 2], max_tokens=1, priority=priority, arrival=arrival))
+    b.drain()
+    assert b.started == ["critical", "early", "late", "batch"]
+
+
+def test_waiting_outweighs_priority_so_that_nothing_starves() -> None:
+    b = bench(scheduling=SchedulerSettings(max_running=1, max_waiting=100, chunk_tokens=8, step_tokens=20))
+    b.engine.submit(submit("batch", [1, 2], max_tokens=1, priority=2, arrival=1.0))
+    for i in range(41):  # each second two urgent requests come, and one can be served
+        for twin in "ab":
+            b.engine.submit(submit(f"urgent{i}{twin}", [1, 2], max_tokens=1, arrival=b.now))
+        b.step()
+    # Two steps of priority are 20 seconds: the 2 * 20 that came in that time may pass, and none that came later.
+    assert b.started.index("batch") == 40
+
+
+def test_a_full_queue_refuses_and_what_can_never_fit_is_told_at_once() -> None:
+    b = bench(total_blocks=4)  # 16 tokens
+    for i in range(8):
+        b.engine.submit(submit(f"w{i}", [1]))
+    b.engine.submit(submit("ninth", [1]))
+    b.engine.submit(submit("long", [1] * 16))
+    b.step()
+    assert b.finished["ninth"].reason is Finish.OVERLOADED
+    assert b.finished["long"].reason is Finish.TOO_LONG
+    b.drain()
+    assert {b.finished[f"w{i}"].reason for i in range(8)} == {Finish.LENGTH}
+
+
+def test_a_sequence_ends_where_the_memory_ends() -> None:
+    b = bench(total_blocks=4)
+    b.engine.submit(submit("it", [1] * 10, max_tokens=50))
+    b.drain()
+    assert b.finished["it"].reason is Finish.LENGTH
+    assert len(b.tokens["it"]) == 6  # 4 blocks of 4 hold 16 tokens
+
+
+def test_cancel_frees_blocks_before_the_next_step() -> None:
+    b = bench()
+    b.engine.submit(submit("it", [1] * 9, max_tokens=50))
+    b.step()
+    assert b.engine.blocks_in_use == 3
+    b.engine.cancel("it")
+    assert b.engine.blocks_in_use == 0
+    b.engine.cancel("it")  # crossed on the way: no error
+    b.step()
+    assert b.finished["it"].reason is Finish.CANCELLED
+    load = b.scheduler.load()
+    assert (load.cancelled_total, load.freed_after_cancel_total) == (1, 3)
+    assert b.runner.forgotten == ["it"]
+
+
+def test_a_passed_deadline_ends_running_and_waiting_alike() -> None:
+    b = bench(scheduling=SchedulerSettings(max_running=1, max_waiting=8, chunk_tokens=8, step_tokens=20))
+    b.engine.submit(submit("runs", [1, 2], max_tokens=50, deadline=4.5))
+    b.engine.submit(submit("waits", [1, 2], max_tokens=50, deadline=4.5))
+    b.drain()
+    assert {end.reason for end in b.finished.values()} == {Finish.DEADLINE}
+    assert len(b.tokens["runs"]) == 3  # steps at 2, 3 and 4
+    assert b.engine.blocks_in_use == 0
+
+
+def test_the_newest_is_preempted_and_says_the_same_afterwards() -> None:
+    b = bench(total_blocks=6)  # 24 tokens, and two sequences of 16
+    for name, arrival in [("old", 1.0), ("new", 2.0)]:
+        b.engine.submit(submit(name, [3] * 6 if name == "old" else [4] * 6, max_tokens=10, arrival=arrival))
+    b.drain()
+    assert b.finished["old"].preemptions == 0
+    assert b.finished["new"].preemptions == 1
+    assert b.tokens["new"] == expected_tokens([4] * 6, GREEDY, 10)
+    assert b.scheduler.load().preemptions_total == 1
+
+
+def test_out_of_memory_ends_the_newest_and_the_others_go_on() -> None:
+    b = bench(fail_at={2})
+    for name, arrival in [("old", 1.0), ("newest", 3.0), ("middle", 2.0)]:
+        b.engine.submit(submit(name, [1, 2, 3], max_tokens=5, arrival=arrival))
+    b.drain()
+    assert b.finished["newest"].reason is Finish.OUT_OF_MEMORY
+    assert len(b.tokens["old"]) == len(b.tokens["middle"]) == 5
+    assert b.scheduler.load().out_of_memory_total == 1
+
+
+def test_out_of_memory_for_a_single_sequence_does_not_end_the_engine() -> None:
+    b = bench(fail_at={1})
+    b.engine.submit(submit("first", [1, 2]))
+    b.step()
+    assert b.finished["first"].reason is Finish.OUT_OF_MEMORY
+    b.engine.submit(submit("second", [1, 2]))
+    b.drain()
+    assert b.finished["second"].reason is Finish.LENGTH
+
+
+def test_stop_token_is_told_in_the_end_and_not_as_text() -> None:
+    drawn = expected_tokens([7, 8], GREEDY, 6)
+    stop = drawn[3]
+    first = drawn.index(stop)
+    b = bench()
+    b.engine.submit(submit("it", [7, 8], max_tokens=6, stop_token_ids=frozenset([stop])))
+    b.drain()
+    assert b.tokens["it"] == drawn[:first]
+    assert (b.finished["it"].reason, b.finished["it"].stop_token) == (Finish.STOP_TOKEN, stop)
+
+
+def test_output_made_elsewhere_is_continued_and_counts_as_output() -> None:
+    drawn = expected_tokens([7, 8], GREEDY, 6)
+    b = bench()
+    b.engine.submit(submit("it", [7, 8], max_tokens=6, generated=drawn[:4]))
+    b.drain()
+    assert b.tokens["it"] == drawn[4:]
+
+
+def test_a_step_too_small_for_a_batch_and_a_chunk_is_refused() -> None:
+    with pytest.raises(ValueError, match="step_tokens"):
+        SchedulerSettings(max_running=8, chunk_tokens=8, step_tokens=15)
+
+
+requests = st.builds(
+    lambda shared, tail, n, priority, arrival, salt, seed, deadline, stops: (
+        [65] * shared + tail,
+        {
+            "max_tokens": n,
+            "priority": priority,
+            "arrival": arrival,
+            "cache_salt": salt,
+            "sampling": Sampling(seed=seed),
+            "deadline": deadline,
+            "stop_token_ids": frozenset([END]) if stops else frozenset(),
+        },
+    ),
+    shared=st.integers(0, 20),
+    tail=st.lists(st.integers(0, 255), min_size=1, max_size=25),
+    n=st.integers(1, 30),
+    priority=st.integers(-2, 2),
+    arrival=st.floats(0, 50),
+    salt=st.sampled_from([b"", b"a"]),
+    seed=st.integers(0, 2),
+    deadline=st.one_of(st.none(), st.none(), st.floats(2, 60)),
+    stops=st.booleans(),
+)
+actions = st.lists(
+    st.one_of(requests, requests, st.integers(0, 30), st.just("step"), st.just("step"), st.just("step")), max_size=80
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(actions, st.integers(4, 24), st.sets(st.integers(1, 60), max_size=4))
+def test_whatever_arrives_all_ends_nothing_leaks_and_the_tokens_are_right(
+    script: list[object], total_blocks: int, fail_at: set[int]
+) -> None:
+    b = bench(total_blocks=total_blocks, fail_at=fail_at, end_one_in=12)
+    sent: dict[str, Submit] = {}
+    for action in script:
+        if action == "step":
+            b.step()
+        elif isinstance(action, int):
+            b.engine.cancel(f"s{action}")
+        else:
+            prompt, fields = action  # type: ignore[misc]
+            request = submit(f"s{len(sent)}", prompt, **fields)
+            sent[request.id] = request
+            b.engine.submit(request)
+        in_use = {block for sequence in b.scheduler.running for block in sequence.blocks}
+        assert b.engine.blocks_in_use == len(in_use)
+        assert not any(sequence.blocks for sequence in b.scheduler.waiting)
+    b.drain()
+
+    assert b.engine.blocks_in_use == 0
+    assert b.finished.keys() == sent.keys()
+    reasons = [end.reason for end in b.finished.values()]
+    load = b.scheduler.load()
+    assert load.cancelled_total == reasons.count(Finish.CANCELLED) + reasons.count(Finish.DEADLINE)
+    assert load.out_of_memory_total == reasons.count(Finish.OUT_OF_MEMORY)
+    assert load.preemptions_total == sum(end.preemptions for end in b.finished.values())
+    assert load.steps_total == len(b.runner.batches)
+    assert (load.running, load.waiting, load.pending_prefill_tokens) == (0, 0, 0)
+    assert all(max(start + count for _, start, count in batch) <= 64 for batch in b.runner.batches)
+    assert all(sum(count for _, _, count in batch) <= SMALL.step_tokens for batch in b.runner.batches)
+    for name, request in sent.items():
+        got = b.tokens[name]
+        assert got == expected_tokens(request.prompt, request.sampling, len(got), end_one_in=12)
+        if b.finished[name].reason is Finish.LENGTH:
+            room = min(64, 4 * total_blocks) - len(request.prompt)
+            assert len(got) == min(request.limits.max_tokens, room)
