@@ -1,0 +1,1 @@
+"""What every service stands on: configuration, errors, server life, channels, telemetry."""

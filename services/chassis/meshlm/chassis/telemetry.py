@@ -1,0 +1,183 @@
+"""Traces and metrics on the OpenTelemetry SDK, off the hot path; and every attribute's name in one table.
+
+Names follow the RPC and GenAI semantic conventions as of 2026-08; both are still moving, which is why they stand here
+and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from opentelemetry import metrics, propagate, trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+from meshlm.chassis.config import TelemetryConfig
+from meshlm.chassis.spans import SpanStore
+
+
+class Name:
+    """Attributes, spans and metrics."""
+
+    # RPC conventions.
+    RPC_SYSTEM = "rpc.system"
+    RPC_SERVICE = "rpc.service"
+    RPC_METHOD = "rpc.method"
+    RPC_STATUS = "rpc.grpc.status_code"
+    # GenAI conventions.
+    OPERATION = "gen_ai.operation.name"
+    PROVIDER = "gen_ai.provider.name"
+    REQUEST_MODEL = "gen_ai.request.model"
+    RESPONSE_MODEL = "gen_ai.response.model"
+    MAX_TOKENS = "gen_ai.request.max_tokens"
+    TEMPERATURE = "gen_ai.request.temperature"
+    TOP_P = "gen_ai.request.top_p"
+    SEED = "gen_ai.request.seed"
+    CHOICES = "gen_ai.request.choice.count"
+    FINISH_REASONS = "gen_ai.response.finish_reasons"
+    INPUT_TOKENS = "gen_ai.usage.input_tokens"
+    CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+    OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+    TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
+    SERVER_DURATION = "gen_ai.server.request.duration"
+    SERVER_TTFT = "gen_ai.server.time_to_first_token"
+    SERVER_TPOT = "gen_ai.server.time_per_output_token"
+    # The mesh's own.
+    REQUEST_ID = "meshlm.request_id"
+    TENANT = "meshlm.tenant"
+    KEY_ID = "meshlm.key_id"
+    ERROR_REASON = "error.type"
+    REPLICA = "meshlm.replica"
+    ROUTING_REASON = "meshlm.routing.reason"
+    CANDIDATES = "meshlm.routing.candidates"
+    CACHE_OUTCOME = "meshlm.cache.outcome"
+    GUARD_ACTION = "meshlm.guard.action"
+    GUARD_CATEGORIES = "meshlm.guard.categories"
+    GUARD_POLICY = "meshlm.guard.policy_version"
+    PROMPT_ENTROPY = "meshlm.prompt.entropy_bits_per_byte"
+    PROMPT_COMPRESSION = "meshlm.prompt.compression_ratio"
+    PROMPT_BYTES = "meshlm.prompt.bytes"
+    TOKENS_RESERVED = "meshlm.ledger.tokens_reserved"
+    TOKENS_SETTLED = "meshlm.ledger.tokens_settled"
+    LEDGER_MODE = "meshlm.ledger.mode"
+    PREEMPTIONS = "meshlm.engine.preemptions"
+    CHOICE = "meshlm.choice"
+
+
+GENAI_DURATION = [0.01 * 2**i for i in range(14)]
+GENAI_TTFT = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0]
+GENAI_TPOT = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5]
+_BUCKETS: Mapping[str, Sequence[float]] = {
+    Name.SERVER_DURATION: GENAI_DURATION,
+    Name.SERVER_TTFT: GENAI_TTFT,
+    Name.SERVER_TPOT: GENAI_TPOT,
+}
+
+
+class Telemetry:
+    """The process's providers; `close` flushes what is still in memory."""
+
+    def __init__(self, service: str, config: TelemetryConfig, *, instance: str = "") -> None:
+        resource = Resource.create(
+            {
+                "service.name": f"meshlm-{service}",
+                "service.instance.id": instance or service,
+                "deployment.environment.name": config.environment,
+            }
+        )
+        self._tracers = TracerProvider(
+            resource=resource, sampler=ParentBased(TraceIdRatioBased(config.sample_ratio)), shutdown_on_exit=False
+        )
+        if config.span_store:
+            store = SpanStore(config.span_store, keep=config.span_store_traces)
+            self._tracers.add_span_processor(BatchSpanProcessor(store, schedule_delay_millis=250))
+        if config.otlp_endpoint:
+            exporter = OTLPSpanExporter(endpoint=config.otlp_endpoint)
+            self._tracers.add_span_processor(BatchSpanProcessor(exporter))
+        readers: list[MetricReader] = [PrometheusMetricReader()]
+        if config.otlp_endpoint:
+            readers.append(PeriodicExportingMetricReader(OTLPMetricExporter(endpoint=config.otlp_endpoint)))
+        views = [
+            View(instrument_name=name, aggregation=ExplicitBucketHistogramAggregation(boundaries))
+            for name, boundaries in _BUCKETS.items()
+        ]
+        self._meters = MeterProvider(resource=resource, metric_readers=readers, views=views, shutdown_on_exit=False)
+        trace.set_tracer_provider(self._tracers)
+        metrics.set_meter_provider(self._meters)
+
+    def close(self) -> None:
+        self._tracers.shutdown()
+        self._meters.shutdown()
+
+
+def tracer() -> trace.Tracer:
+    return trace.get_tracer("meshlm")
+
+
+def meter() -> metrics.Meter:
+    return metrics.get_meter("meshlm")
+
+
+@contextmanager
+def span(
+    name: str, attributes: Mapping[str, Any] | None = None, *, kind: SpanKind = SpanKind.INTERNAL
+) -> Iterator[Span]:
+    """A span around a block. An exception marks it failed by type; its text is not recorded."""
+    with tracer().start_as_current_span(
+        name, kind=kind, attributes=attributes, record_exception=False, set_status_on_exception=False
+    ) as current:
+        try:
+            yield current
+        except BaseException as error:
+            fail(current, getattr(error, "reason", type(error).__name__))
+            raise
+
+
+def client_span(service: str, method: str) -> Any:
+    """The CLIENT span of one RPC; use as a context manager around the call."""
+    attributes = {Name.RPC_SYSTEM: "grpc", Name.RPC_SERVICE: service, Name.RPC_METHOD: method}
+    return span(f"{service}/{method}", attributes, kind=SpanKind.CLIENT)
+
+
+def fail(current: Span, reason: str) -> None:
+    current.set_attribute(Name.ERROR_REASON, str(reason))
+    current.set_status(Status(StatusCode.ERROR))
+
+
+def record(name: str, start: float, end: float, offset: float, attributes: Mapping[str, Any], parent: Context) -> None:
+    """A span for something that has already happened.
+
+    `start` and `end` are seconds of `time.monotonic`; `offset` is what leads from there to seconds since the epoch.
+    """
+    begun = tracer().start_span(
+        name, context=parent, start_time=round((start + offset) * 1e9), attributes=dict(attributes)
+    )
+    begun.end(round((end + offset) * 1e9))
+
+
+def inject(metadata: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Add the current trace to outgoing metadata (W3C traceparent)."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return metadata + list(carrier.items())
+
+
+def extract(metadata: Mapping[str, str]) -> Context:
+    return propagate.extract(dict(metadata))
+
+
+def current_trace_id() -> str:
+    """32 hex digits; zeros where nothing is traced."""
+    return trace.format_trace_id(trace.get_current_span().get_span_context().trace_id)
