@@ -175,14 +175,18 @@ class CountInputTokensResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    TOKEN_TEXT_FIELD_NUMBER: builtins.int
     prompt_tokens: builtins.int
     """Tokens, chat template included."""
+    token_text: builtins.str
+    """The text of an input given as token ids: guards read text."""
     def __init__(
         self,
         *,
         prompt_tokens: builtins.int = ...,
+        token_text: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["prompt_tokens", b"prompt_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["prompt_tokens", b"prompt_tokens", "token_text", b"token_text"]) -> None: ...
 
 global___CountInputTokensResponse = CountInputTokensResponse
 

@@ -65,7 +65,7 @@ def _handler(life: Life, describe: Callable[[], dict[str, Any]]) -> type[BaseHTT
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the base class names it so
             """Probes and scrapes are not worth a line."""
 
     return Handler

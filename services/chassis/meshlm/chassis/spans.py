@@ -124,7 +124,14 @@ def read_trace(path: str, identifier: str) -> list[StoredSpan]:
         ).fetchall()
     finally:
         connection.close()
-    return [StoredSpan(*row[:8], bool(row[8]), json.loads(row[9])) for row in rows]
+    return [_stored(row) for row in rows]
+
+
+def _stored(row: tuple[Any, ...]) -> StoredSpan:
+    trace_id, span_id, parent_id, service, name, kind, start_ns, end_ns, failed, attributes = row
+    return StoredSpan(
+        trace_id, span_id, parent_id, service, name, kind, start_ns, end_ns, bool(failed), json.loads(attributes)
+    )
 
 
 def recent_traces(path: str, limit: int = 20) -> list[tuple[str, str | None]]:
