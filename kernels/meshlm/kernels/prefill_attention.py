@@ -1,0 +1,66 @@
+"""Causal attention of a chunk of a prompt over its paged cache, tokens of earlier chunks included.
+
+Queries are taken in tiles at fixed positions of the sequence (multiples of the tile), rows outside the chunk left zero, and
+a tile sees the keys up to its own end. The shapes of all products follow from positions alone, so a token's result is the
+same, bit for bit on a CPU, however the prompt was cut into chunks and whatever of it came from the prefix cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from meshlm.kernels.kv_cache import gather_kv
+from meshlm.kernels.paged_attention import tile_tokens
+
+
+def prefill_attention(
+    query: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor, start: int, scale: float
+) -> torch.Tensor:
+    """One chunk: positions [start, start + tokens) of one sequence, whose keys and values are already stored.
+
+    query: (tokens, heads, head_dim); cache: one layer's; blocks: (n,) int64, the sequence's blocks padded with block 0 to
+    whole tiles (`padded_blocks`). Returns (tokens, heads, head_dim).
+    """
+    tokens, heads, head_dim = query.shape
+    kv_heads, block_size = cache.shape[1], cache.shape[3]
+    group, tile = heads // kv_heads, tile_tokens(block_size)
+    keys, values = gather_kv(cache, blocks)
+    first, last = start // tile, (start + tokens - 1) // tile
+    padded = query.new_zeros((last - first + 1) * tile, heads, head_dim)
+    inside = slice(start - first * tile, start - first * tile + tokens)
+    padded[inside] = query
+    # (q tiles, kv_heads, tile * group, head_dim): the rows of one product are (position, query head in its group).
+    rows = padded.view(-1, tile, kv_heads, group, head_dim).transpose(1, 2).reshape(-1, kv_heads, tile * group, head_dim)
+    ahead = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu(1).repeat_interleave(group, 0)
+    out = torch.empty_like(rows)
+    for index in range(last - first + 1):
+        end = (first + index + 1) * tile
+        scores = torch.bmm(rows[index], keys[:, :end].transpose(1, 2)).mul_(scale)
+        scores[:, :, end - tile :].masked_fill_(ahead, -torch.inf)
+        torch.bmm(torch.softmax(scores, -1), values[:, :end], out=out[index])
+    flat = out.view(-1, kv_heads, tile, group, head_dim).transpose(1, 2).reshape(-1, heads, head_dim)
+    return flat[inside]
+
+
+def padded_blocks(table: list[int], end: int, block_size: int) -> list[int]:
+    """The blocks that hold positions [0, end), padded with block 0 to whole tiles."""
+    per_tile = tile_tokens(block_size) // block_size
+    used = table[: -(-end // block_size)]
+    return used + [0] * (-len(used) % per_tile)
+
+
+def reference_prefill_attention(
+    query: torch.Tensor, cache: torch.Tensor, table: list[int], start: int, scale: float
+) -> torch.Tensor:
+    """One token and one head at a time, in float64."""
+    kv_heads, block_size = cache.shape[1], cache.shape[3]
+    group = query.shape[1] // kv_heads
+    out = torch.empty_like(query)
+    for row in range(query.shape[0]):
+        slots = [(table[p // block_size], p % block_size) for p in range(start + row + 1)]
+        for head in range(query.shape[1]):
+            keys = torch.stack([cache[0, head // group, b, o] for b, o in slots]).double()
+            values = torch.stack([cache[1, head // group, b, o] for b, o in slots]).double()
+            weights = torch.softmax(keys @ query[row, head].double() * scale, 0)
+            out[row, head] = (weights @ values).to(query.dtype)
+    return out

@@ -1,0 +1,1 @@
+"""Model files into a `ModelConfig` and named tensors."""

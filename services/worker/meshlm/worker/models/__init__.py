@@ -1,0 +1,1 @@
+"""One file an architecture, written over `meshlm.kernels`."""

@@ -1,0 +1,34 @@
+"""What a step is about, as tensors: made once by the runner, read by every layer of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from meshlm.kernels.paged_attention import DecodeTiles
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """Rows [row, row + count) of the flat batch: positions [start, start + count) of one sequence."""
+
+    row: int
+    count: int
+    start: int
+    blocks: torch.Tensor  # (n,) int64, padded to whole tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A flat batch: first one row for each decoding sequence, then the prefill chunks.
+
+    tokens, positions, slots: (tokens,) int64; rows: (samples,) int64, the rows whose logits are wanted.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    rows: torch.Tensor
+    decode: DecodeTiles | None
+    prefill: tuple[PrefillSpan, ...]

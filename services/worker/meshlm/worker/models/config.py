@@ -1,0 +1,51 @@
+"""The shape of a model, whatever file it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched; see `meshlm.kernels.rope` for the formulas."""
+
+    kind: Literal["linear", "llama3", "divisors"]
+    factor: float = 1.0
+    low_frequency: float = 1.0  # llama3 only, turns within `original_context`
+    high_frequency: float = 4.0
+    original_context: int = 8192
+    divisors: tuple[float, ...] = ()  # "divisors" only: one a rotated pair, as GGUF stores Llama 3's scaling
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Names follow Hugging Face's config.json where it has the field."""
+
+    architecture: str  # lower case, as GGUF names it: "llama"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    max_context: int  # tokens
+    tied_head: bool  # the output head is the embedding
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    output_bias: bool = False  # a bias on the attention's output projection as well
+    mlp_bias: bool = False
+
+    @property
+    def query_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def kv_bytes_per_token(self, element_bytes: int) -> int:
+        return 2 * self.layers * self.kv_size * element_bytes
