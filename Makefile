@@ -1,0 +1,86 @@
+# What a person does with this repository; `make` prints it.
+# Each target installs what it needs, once: the stamps in .venv are newer than pyproject.toml and constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+PROTOS_VENV := .venv-protos
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --constraint constraints.txt
+
+RUN_STAMP := $(VENV)/.installed-run
+DEV_STAMP := $(VENV)/.installed-dev
+PROTOS_STAMP := $(PROTOS_VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test check protos bench model install clean
+.DELETE_ON_ERROR:
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(RUN_STAMP) ## from nothing to a streamed, guarded, cached, traced answer of a real model
+	@$(PY) -m meshlm.mesh.cli model fetch
+	@$(PY) -m meshlm.mesh.cli demo
+
+up: $(RUN_STAMP) ## run the mesh on this machine until Ctrl-C
+	@$(PY) -m meshlm.mesh.cli model fetch
+	@$(PY) -m meshlm.mesh.cli up
+
+test: $(DEV_STAMP) model ## run the tests (those that need a GPU skip without one)
+	$(PY) -m pytest
+
+check: $(DEV_STAMP) $(PROTOS_STAMP) ## formatting, lint, types, who imports whom, the contract and its stubs
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	cd protos && ../$(VENV)/bin/buf lint
+	@release=$$(git describe --tags --abbrev=0 --match 'v*' 2>/dev/null) || release=; \
+	if [ -n "$$release" ]; then \
+		echo "buf breaking against $$release"; \
+		cd protos && ../$(VENV)/bin/buf breaking --against "../.git#tag=$$release,subdir=protos"; \
+	else \
+		echo "buf breaking: no release to compare with yet"; \
+	fi
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
+	protos/generate.sh "$(CURDIR)/$(PROTOS_VENV)/bin/python" "$$fresh" && \
+	diff -r -x __pycache__ "$$fresh" protos/gen || { echo "protos/gen is not what protos/ says: run 'make protos'"; exit 1; }
+
+protos: $(PROTOS_STAMP) ## make the stubs in protos/gen anew
+	protos/generate.sh "$(CURDIR)/$(PROTOS_VENV)/bin/python"
+
+bench: $(DEV_STAMP) model ## run every benchmark for a short time
+	@set -e; for benchmark in $(sort $(wildcard benchmarks/*.py)); do \
+		echo "== $$benchmark"; $(PY) "$$benchmark" --quick; \
+	done
+
+model: $(RUN_STAMP) ## fetch the model that demo and tests run on
+	@$(PY) -m meshlm.mesh.cli model fetch
+
+install: $(DEV_STAMP) ## make .venv with everything for work on this repository
+
+clean: ## remove .venv, .venv-protos and every tool's cache; fetched models stay
+	rm -rf $(VENV) $(PROTOS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "MeshLM needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+		echo "Name another one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "$(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)."; exit 1; }
+
+# torch comes first and by this one spec: asked for in any other way, some indexes add gigabytes of CUDA.
+$(RUN_STAMP): pyproject.toml constraints.txt | $(PY)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[worker,local]'
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	$(PIP) --editable '.[worker,local,dev,test]'
+	@touch $@
+
+$(PROTOS_STAMP): protos/requirements.txt | $(PY)
+	$(PY) -m venv $(PROTOS_VENV)
+	$(PROTOS_VENV)/bin/python -m pip --disable-pip-version-check install -r protos/requirements.txt
+	@touch $@
