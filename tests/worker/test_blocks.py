@@ -6,6 +6,7 @@ from hashlib import blake2b
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from meshlm.worker.engine.blocks import BlockPool, block_hash, extend_chain, root_hash
 from meshlm.worker.engine.digest import Digest, contains
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from meshlm.worker.engine.engine import Engine
 from meshlm.worker.engine.scheduler import Scheduler, SchedulerSettings
 from meshlm.worker.engine.sequence import Chunk, Sampled, Sequence, Status, StepOutOfMemory

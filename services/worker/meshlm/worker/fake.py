@@ -16,6 +16,7 @@ import time
 from hashlib import blake2b
 
 import msgspec
+
 from meshlm.worker.engine.sequence import Chunk, Sampled, Sequence, StepOutOfMemory
 from meshlm.worker.messages import ModelFacts, Sampling, TokenLogprob
 

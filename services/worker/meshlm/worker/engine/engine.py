@@ -44,6 +44,12 @@ class Engine:
         self._forget_dropped()
         return self._report(self._clock() - began)
 
+    def close(self) -> StepReport:
+        """Cancels whatever is left. Blocks still in use afterwards have leaked."""
+        self.scheduler.cancel_all(self._clock())
+        self._forget_dropped()
+        return self._report(0.0)
+
     def _run(self, chunks: list[Chunk]) -> tuple[list[Chunk], list[Sampled | None]]:
         """Runs a step; where the device's memory gives out, again without the newest sequence."""
         while chunks:

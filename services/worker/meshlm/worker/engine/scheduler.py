@@ -18,6 +18,7 @@ import heapq
 from bisect import insort
 
 import msgspec
+
 from meshlm.worker.engine.blocks import BlockPool, extend_chain
 from meshlm.worker.engine.sequence import Chunk, Sampled, Sequence, Status
 from meshlm.worker.messages import Finish, Finished, Load, ModelFacts, NewToken, Started, Submit
@@ -103,6 +104,10 @@ class Scheduler:
         sequence = self._live.get(sequence_id)
         if sequence is not None:
             self._end(sequence, Finish.CANCELLED, now)
+
+    def cancel_all(self, now: float) -> None:
+        for sequence_id in list(self._live):
+            self.cancel(sequence_id, now)
 
     def schedule(self, now: float) -> list[Chunk]:
         """The work of the next step: at most one chunk a sequence."""

@@ -1,0 +1,317 @@
+"""The front's hold on the engine: starts it, hands it sequences, tells its deaths, starts it again.
+
+An engine that dies or hangs takes no stream down silently: each ends with `EngineLost`, `on_able(False)` is told, and a
+new engine is started, at once after a long life and with growing pauses after short ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from meshlm.worker.front.engine_process import EngineProcess, EngineSettings
+from meshlm.worker.messages import (
+    Cancel,
+    Finished,
+    Goodbye,
+    Load,
+    Loading,
+    ModelFacts,
+    NewToken,
+    Ready,
+    Started,
+    StepReport,
+    Stop,
+    Submit,
+)
+
+WATCH_PAUSE_SECONDS = 0.05  # watchers see at most 20 changes a second,
+WATCH_WAIT_SECONDS = 1.0  # and something every second
+LONGEST_BACKOFF_SECONDS = 30.0
+LONG_LIFE_SECONDS = 60.0  # an engine that lived so long is started again without a pause
+STOP_SECONDS = 10.0  # for the step under way
+LAST_WORDS_SECONDS = 0.1  # what a dead engine had sent before is still read
+
+Event = Started | NewToken | Finished
+
+log = structlog.get_logger()
+
+
+class EngineLost(Exception):  # noqa: N818 - named as the condition
+    """The engine ended, hangs, or is not there yet. The text is one of ours, fit for clients."""
+
+
+class EngineStream:
+    """The events of one sequence, in batches: whatever came since the last look. Use as an async context manager;
+    leaving it early cancels the sequence."""
+
+    def __init__(self, client: EngineClient, sequence_id: str) -> None:
+        self.id = sequence_id
+        self._client = client
+        self._events: list[Event] = []
+        self._arrived = asyncio.Event()
+        self._ended = False
+        self._lost: EngineLost | None = None
+
+    def push(self, event: Event) -> None:
+        self._events.append(event)
+        self._ended = self._ended or isinstance(event, Finished)
+        self._arrived.set()
+
+    def lose(self, error: EngineLost) -> None:
+        self._lost = error
+        self._arrived.set()
+
+    def cancel(self) -> None:
+        """Asks the engine to end the sequence; its `Finished` still comes."""
+        if not self._ended and self._lost is None:
+            self._client.send_cancel(self.id)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        """At least one event. Ends after `Finished`; raises EngineLost after the events that came before the loss."""
+        if not self._events:
+            if self._ended:
+                raise StopAsyncIteration
+            await self._arrived.wait()
+        if not self._events and self._lost is not None:
+            raise self._lost
+        events, self._events = self._events, []
+        if self._lost is None:
+            self._arrived.clear()
+        return events
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+        self._client.forget(self.id)
+
+
+class EngineClient:
+    """Call `start` once, then `submit` at will, then `stop` once."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        on_able: Callable[[bool, str], Awaitable[None]],
+        hang_seconds: float = 30.0,
+        load_seconds: float = 600.0,
+        backoff_seconds: float = 0.5,
+    ) -> None:
+        """`on_able(able, why)` is told each change. `hang_seconds`: with work and no step for so long, or silent for
+        so long, the engine is killed. `load_seconds`: so long it may be silent while loading."""
+        self._settings = settings
+        self._on_able = on_able
+        self._hang_seconds = hang_seconds
+        self._load_seconds = load_seconds
+        self._backoff_seconds = backoff_seconds
+        self._engine: EngineProcess | None = None  # set while Ready
+        self._process: EngineProcess | None = None
+        self._streams: dict[str, EngineStream] = {}
+        self._supervisor: asyncio.Task[None] | None = None
+        self._first_ready: asyncio.Future[ModelFacts] | None = None
+        self._stopping = False
+        self._changed = asyncio.Event()
+        self._last_message = 0.0
+        self._last_progress = 0.0
+        self._step_seconds: deque[float] = deque(maxlen=64)
+        self.facts: ModelFacts | None = None
+        self.load: Load | None = None
+        self.starts = 0
+        self.blocks_left: int | None = None  # blocks in use when the engine said goodbye
+
+    @property
+    def able(self) -> bool:
+        """Whether an engine is there and takes sequences."""
+        return self._engine is not None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine; 0 where there is none."""
+        return self._process.pid if self._process is not None else 0
+
+    @property
+    def median_step_seconds(self) -> float:
+        """Of the last 64 steps that made tokens; 0 before the first."""
+        return statistics.median(self._step_seconds) if self._step_seconds else 0.0
+
+    async def start(self) -> ModelFacts:
+        """Starts the engine and waits until it is ready. Raises EngineLost if the first one ends while loading."""
+        self._first_ready = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise())
+        return await self._first_ready
+
+    async def stop(self) -> None:
+        """Ends the engine: the step under way is finished, streams still open are lost."""
+        self._stopping = True
+        if self._supervisor is None:
+            return
+        if self._engine is not None:
+            self._engine.send(Stop())
+            await asyncio.wait({self._supervisor}, timeout=STOP_SECONDS)
+        self._supervisor.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._supervisor
+
+    def submit(self, request: Submit) -> EngineStream:
+        """Hands a sequence to the engine. `prompt` is not empty and its ids are in the vocabulary.
+
+        Raises EngineLost where no engine is ready.
+        """
+        if self._engine is None or self._stopping:
+            raise EngineLost("the engine is not ready")
+        if not request.prompt or request.limits.max_tokens < 1:
+            raise ValueError("a sequence has a token before it and at least one behind")
+        stream = EngineStream(self, request.id)
+        if not self._streams:
+            self._last_progress = time.monotonic()  # until now there was no work to make progress on
+        self._streams[request.id] = stream
+        self._engine.send(request)
+        return stream
+
+    def send_cancel(self, sequence_id: str) -> None:
+        if self._engine is not None:
+            self._engine.send(Cancel(id=sequence_id))
+
+    def forget(self, sequence_id: str) -> None:
+        self._streams.pop(sequence_id, None)
+
+    async def watch(self) -> AsyncIterator[None]:
+        """Yields at once, then whenever `able` or `load` changed (at most 20 times a second), and every second."""
+        while True:
+            changed = self._changed
+            yield
+            await asyncio.sleep(WATCH_PAUSE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), WATCH_WAIT_SECONDS - WATCH_PAUSE_SECONDS)
+
+    # One engine after another
+
+    async def _supervise(self) -> None:
+        pause = self._backoff_seconds
+        while True:
+            began = time.monotonic()
+            why = await self._live_once()
+            if self._first_ready is not None and not self._first_ready.done():
+                self._first_ready.set_exception(EngineLost(why))
+                return
+            if self._stopping:
+                return
+            log.error("engine lost", why=why, starts=self.starts, pause=pause)
+            if time.monotonic() - began > LONG_LIFE_SECONDS:
+                pause = self._backoff_seconds
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_BACKOFF_SECONDS)
+
+    async def _live_once(self) -> str:
+        """From the start of an engine to its end; says how it ended."""
+        engine = EngineProcess(self._settings)
+        self._last_message = time.monotonic()
+        self.starts += 1
+        why = "the engine was stopped"
+        try:
+            await engine.start()
+            self._process = engine
+            why = await self._until_gone(engine)
+        finally:
+            self._engine = self._process = self.load = None
+            self._lose_streams(why)
+            await engine.close()
+            if not self._stopping:
+                await self._tell(able=False, why=why)
+        return why
+
+    async def _until_gone(self, engine: EngineProcess) -> str:
+        tasks = {asyncio.create_task(coroutine) for coroutine in (self._read(engine), self._exit(engine), self._hang())}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, engine: EngineProcess) -> str:
+        while not isinstance(message := await engine.receive(), Goodbye):
+            await self._take(engine, message)
+        self.blocks_left = message.blocks_in_use
+        return "the engine was stopped"
+
+    async def _exit(self, engine: EngineProcess) -> str:
+        code = await engine.wait()
+        await asyncio.sleep(LAST_WORDS_SECONDS)
+        return f"the engine ended with code {code}"
+
+    async def _hang(self) -> str:
+        """Returns when the engine is silent, or has work and makes no step."""
+        while True:
+            await asyncio.sleep(min(1.0, self._hang_seconds / 4))
+            now = time.monotonic()
+            if self._engine is None:
+                if now - self._last_message > self._load_seconds:
+                    return "the engine made no progress while loading"
+            elif now - self._last_message > self._hang_seconds:
+                return "the engine fell silent"
+            elif self._streams and now - self._last_progress > self._hang_seconds:
+                return "the engine made no step"
+
+    # What it says
+
+    async def _take(self, engine: EngineProcess, message: Loading | Ready | StepReport) -> None:
+        self._last_message = time.monotonic()
+        match message:
+            case StepReport():
+                self._take_report(message)
+            case Loading():
+                if message.done in (0, message.total):
+                    log.info("engine loading", stage=message.stage, done=message.done, total=message.total)
+            case Ready():
+                self._engine, self.facts = engine, message.facts
+                self._last_progress = self._last_message
+                log.info("engine ready", seconds=round(message.seconds, 3), blocks=message.facts.total_blocks)
+                if self._first_ready is not None and not self._first_ready.done():
+                    self._first_ready.set_result(message.facts)
+                await self._tell(able=True, why="")
+
+    def _take_report(self, report: StepReport) -> None:
+        if self.load is None or report.load.steps_total != self.load.steps_total:
+            self._last_progress = self._last_message
+        if report.tokens:
+            self._step_seconds.append(report.step_seconds)
+        self.load = report.load
+        for events in (report.started, report.tokens, report.finished):
+            for event in events:
+                stream = self._streams.get(event.id)
+                if stream is not None:
+                    stream.push(event)
+        for end in report.finished:
+            self.forget(end.id)
+        self._change()
+
+    def _change(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def _tell(self, *, able: bool, why: str) -> None:
+        self._change()
+        await self._on_able(able, why)
+
+    def _lose_streams(self, why: str) -> None:
+        for stream in self._streams.values():
+            stream.lose(EngineLost(why))
+        self._streams.clear()

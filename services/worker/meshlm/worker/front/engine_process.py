@@ -1,0 +1,96 @@
+"""One life of an engine process, seen from the front: start, talk, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from meshlm.worker.engine.process import ProcessSettings
+from meshlm.worker.engine.scheduler import SchedulerSettings
+from meshlm.worker.messages import FromEngine, ToEngine
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Which engine to start."""
+
+    kind: Literal["torch", "fake"]
+    runner: dict[str, Any]  # RunnerSettings or FakeSettings
+    scheduler: SchedulerSettings = SchedulerSettings()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = "json"
+
+
+class EngineProcess:
+    """A process and two sockets in a private folder. Call `start` first and `close` last."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="meshlm-"))
+        self._settings = ProcessSettings(
+            inbox=f"ipc://{self._folder}/in",
+            outbox=f"ipc://{self._folder}/out",
+            parent=os.getpid(),
+            kind=settings.kind,
+            runner=settings.runner,
+            scheduler=settings.scheduler,
+            log_level=settings.log_level,
+            log_format=settings.log_format,
+        )
+        self._context = zmq.asyncio.Context()
+        # Two sockets, because a socket that is read by asyncio must not be written outside of it.
+        self._send: zmq.Socket[bytes] = zmq.Context.shadow(self._context.underlying).socket(zmq.PUSH)
+        self._receive = self._context.socket(zmq.PULL)
+        self._send.set_hwm(0)
+        self._receive.set_hwm(0)
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder[FromEngine](FromEngine).decode
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id; 0 before `start`."""
+        return self._process.pid if self._process is not None else 0
+
+    async def start(self) -> None:
+        self._send.bind(self._settings.inbox)
+        self._receive.bind(self._settings.outbox)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "meshlm.worker.engine.process",
+            msgspec.json.encode(self._settings).decode(),
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+
+    def send(self, message: ToEngine) -> None:
+        """Never waits. To a dead engine it sends nothing: its death is told by `wait`."""
+        with contextlib.suppress(zmq.Again):
+            self._send.send(self._encode(message), zmq.NOBLOCK)
+
+    async def receive(self) -> FromEngine:
+        message: FromEngine = self._decode(await self._receive.recv())
+        return message
+
+    async def wait(self) -> int:
+        """The exit code; negative for a signal's number."""
+        return await self._process.wait() if self._process is not None else 0
+
+    async def close(self) -> None:
+        """Kills what still runs and removes the sockets."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+        self._send.close(linger=0)
+        self._receive.close(linger=0)
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
