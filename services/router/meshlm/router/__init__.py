@@ -1,0 +1,1 @@
+"""The router: the mesh's front door. `pipeline.py` reads as the way of a request."""

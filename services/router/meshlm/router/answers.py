@@ -1,0 +1,108 @@
+"""Stage 3, look up: answers already given. Whatever fails here is a miss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+
+from meshlm.chassis.calls import outgoing_metadata
+from meshlm.chassis.channels import open_channel
+from meshlm.chassis.telemetry import Name, client_span
+from meshlm.chassis.validation import is_deterministic
+from meshlm.router.config import KeyConfig, RouterConfig
+from meshlm.v1 import cache_pb2, cache_pb2_grpc
+from meshlm.v1 import generation_pb2 as pb
+
+log = structlog.get_logger()
+
+_SERVICE = "meshlm.v1.CacheService"
+
+
+@dataclass
+class Lookup:
+    """What the cache said. A flight that this request leads must end in `Answers.keep` or `Answers.release`."""
+
+    outcome: str = "bypass"  # hit, shared, lead, timeout, bypass (not asked) or unavailable
+    answer: cache_pb2.CachedAnswer | None = None
+    key: str = ""
+    flight: str = ""
+
+
+class Answers:
+    def __init__(self, config: RouterConfig) -> None:
+        self._channel = open_channel(config.cache) if config.cache else None
+        self._stub: Any = cache_pb2_grpc.CacheServiceStub(self._channel) if self._channel is not None else None
+        self._seconds = config.cache_seconds
+        self._wait = config.shared_flight_seconds
+
+    async def stop(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def look_up(
+        self, request_id: str, key: KeyConfig, generation: pb.Generation, revision: str, *, refresh: bool = False
+    ) -> Lookup:
+        """Find an answer, wait for one in flight, or take the lead."""
+        if self._stub is None or not _eligible(generation):
+            return Lookup()
+        request = cache_pb2.LookUpRequest(
+            request_id=request_id,
+            tenant=key.tenant,
+            generation=generation,
+            model_revision=revision,
+            policy_version=key.guard_policy,
+            refresh=refresh or generation.cache_policy == pb.CACHE_POLICY_REFRESH,
+            wait_seconds=self._wait,
+        )
+        with client_span(_SERVICE, "LookUp") as span:
+            lookup = await self._ask(request)
+            span.set_attribute(Name.CACHE_OUTCOME, lookup.outcome)
+        return lookup
+
+    async def _ask(self, request: cache_pb2.LookUpRequest) -> Lookup:
+        timeout = self._seconds + self._wait
+        try:
+            found = await self._stub.LookUp(request, timeout=timeout, metadata=outgoing_metadata())
+        except grpc.RpcError as error:
+            log.warning("the cache does not answer", code=error.code().name)
+            return Lookup("unavailable")
+        outcome = _OUTCOMES.get(found.outcome, "unavailable")
+        answer = found.answer if outcome in ("hit", "shared") else None
+        return Lookup(outcome, answer, found.key, found.flight)
+
+    async def keep(self, lookup: Lookup, answer: cache_pb2.CachedAnswer) -> None:
+        """Store the answer of a flight this request leads."""
+        await self._end(
+            "Store", cache_pb2.StoreRequest(key=lookup.key, flight=lookup.flight, answer=answer), lookup.flight
+        )
+
+    async def release(self, lookup: Lookup) -> None:
+        """End a flight without an answer, so that whoever waits goes on."""
+        await self._end("Release", cache_pb2.ReleaseRequest(key=lookup.key, flight=lookup.flight), lookup.flight)
+
+    async def _end(self, method: str, request: Any, flight: str) -> None:
+        if self._stub is None or not flight:
+            return
+        with client_span(_SERVICE, method):
+            try:
+                await getattr(self._stub, method)(request, timeout=self._seconds, metadata=outgoing_metadata())
+            except grpc.RpcError as error:
+                log.warning("a flight could not be ended", method=method, code=error.code().name)
+
+
+def _eligible(generation: pb.Generation) -> bool:
+    policy = generation.cache_policy
+    if policy == pb.CACHE_POLICY_BYPASS:
+        return False
+    return policy == pb.CACHE_POLICY_ALWAYS or is_deterministic(generation.sampling)
+
+
+_OUTCOMES = {
+    cache_pb2.LOOK_UP_OUTCOME_HIT: "hit",
+    cache_pb2.LOOK_UP_OUTCOME_SHARED: "shared",
+    cache_pb2.LOOK_UP_OUTCOME_LEAD: "lead",
+    cache_pb2.LOOK_UP_OUTCOME_TIMEOUT: "timeout",
+}

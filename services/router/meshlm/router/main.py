@@ -1,0 +1,85 @@
+"""The router's composition root: `python -m meshlm.router.main`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+import structlog
+from redis.asyncio import Redis
+
+from meshlm.chassis import server
+from meshlm.chassis.config import ServerConfig, Source, StateConfig, masked
+from meshlm.chassis.server import Life
+from meshlm.router.answers import Answers
+from meshlm.router.config import RouterConfig
+from meshlm.router.fleet import Fleet
+from meshlm.router.guarding import Guards
+from meshlm.router.identity import KeyRing
+from meshlm.router.ledger import Ledger
+from meshlm.router.pipeline import Pipeline
+from meshlm.router.service import InferenceServicer
+from meshlm.v1 import inference_pb2_grpc
+
+log = structlog.get_logger()
+
+
+class RouterService:
+    name = "router"
+    background_methods: frozenset[str] = frozenset()
+
+    def __init__(self, config: RouterConfig, state: StateConfig) -> None:
+        self._config = config
+        self._redis = _connect(state)
+        self._fleet = Fleet(config.workers, default_model=config.default_model, aliases=config.aliases)
+        self._answers = Answers(config)
+        self._guards = Guards(config)
+        ledger = Ledger(
+            self._redis,
+            reservation_seconds=config.reservation_seconds,
+            emergency_share=config.emergency_share,
+        )
+        self._pipeline = Pipeline(config, ledger=ledger, fleet=self._fleet, answers=self._answers, guards=self._guards)
+
+    def register(self, grpc_server: grpc.aio.Server) -> Sequence[str]:
+        servicer = InferenceServicer(self._config, KeyRing(self._config.keys), self._fleet, self._pipeline)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, grpc_server)
+        return ["meshlm.v1.InferenceService"]
+
+    async def start(self, life: Life) -> None:
+        """Ready as soon as it listens: replicas come and go, and a request that finds none gets that as its reason."""
+        self._fleet.start()
+
+    async def drain(self) -> None:
+        """Nothing to do: calls in flight end by themselves, and new ones are refused already."""
+
+    async def stop(self) -> None:
+        await self._pipeline.stop()
+        await self._fleet.stop()
+        await self._answers.stop()
+        await self._guards.stop()
+        if self._redis is not None:
+            with contextlib.suppress(asyncio.TimeoutError, OSError):
+                await self._redis.aclose()
+
+
+def _connect(state: StateConfig) -> Redis | None:
+    if not state.redis_url:
+        return None
+    client: Redis = Redis.from_url(
+        state.redis_url, socket_timeout=state.timeout_seconds, socket_connect_timeout=state.timeout_seconds
+    )
+    return client
+
+
+def build(source: Source) -> tuple[RouterService, ServerConfig, Callable[[], dict[str, Any]]]:
+    config = source.section("router", RouterConfig)
+    state = source.section("state", StateConfig)
+    return RouterService(config, state), config.server, lambda: {"router": masked(config), "state": masked(state)}
+
+
+if __name__ == "__main__":
+    server.main("router", build)

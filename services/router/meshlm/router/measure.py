@@ -1,0 +1,57 @@
+"""Stage 2's first half: what a prompt looks like before anything is spent on it.
+
+Entropy here is model-free and only told, in the trace: a policy needs the surprisal under a model, for byte entropy
+alone punishes Chinese, base64 and UUIDs and misses attacks.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+
+from meshlm.v1 import generation_pb2 as pb
+
+# Both ends of a long text are looked at: what is appended to a prompt matters as much as how it begins.
+_SAMPLE_BYTES = 8 * 1024
+# English prose in byte-pair vocabularies has about 4 bytes a token; 3 errs towards reserving too much.
+_BYTES_PER_TOKEN = 3
+# Wrapping of a turn by a chat template, tokens.
+_TOKENS_PER_MESSAGE = 8
+
+
+@dataclass(frozen=True)
+class Measure:
+    size: int  # bytes of UTF-8, or 4 a token id
+    tokens: int  # an estimate, exact for token ids; the worker's count replaces it
+    entropy: float  # bits a byte, range [0, 8]
+    compression: float  # compressed size over size (zlib, level 1)
+
+
+def text_of(source: pb.Input) -> str:
+    """All text of an input; empty for token ids."""
+    if source.WhichOneof("input") == "chat":
+        return "\n".join(message.content for message in source.chat.messages)
+    return source.prompt
+
+
+def measure(source: pb.Input) -> Measure:
+    if source.WhichOneof("input") == "token_ids":
+        count = len(source.token_ids.ids)
+        return Measure(size=4 * count, tokens=count, entropy=0.0, compression=1.0)
+    data = text_of(source).encode()
+    tokens = math.ceil(len(data) / _BYTES_PER_TOKEN) + _TOKENS_PER_MESSAGE * (len(source.chat.messages) + 1)
+    sample = data if len(data) <= 2 * _SAMPLE_BYTES else data[:_SAMPLE_BYTES] + data[-_SAMPLE_BYTES:]
+    return Measure(
+        size=len(data),
+        tokens=tokens,
+        entropy=byte_entropy(sample),
+        compression=len(zlib.compress(sample, 1)) / len(sample) if sample else 1.0,
+    )
+
+
+def byte_entropy(data: bytes) -> float:
+    """Shannon entropy of the bytes' frequencies, bits a byte."""
+    total = len(data)
+    return -sum(n / total * math.log2(n / total) for n in Counter(data).values()) if total else 0.0

@@ -1,0 +1,218 @@
+"""The way of a request. `Pipeline.run` reads as the list in DESIGN section 2; each stage is a module of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable
+from typing import TypeVar
+
+import structlog
+from opentelemetry import trace
+
+from meshlm.chassis.errors import MeshError, Reason
+from meshlm.chassis.telemetry import Name, span
+from meshlm.router.answers import Answers
+from meshlm.router.config import RouterConfig
+from meshlm.router.dispatch import WorkerCall, dispatch, token_text
+from meshlm.router.fleet import Fleet
+from meshlm.router.guarding import Guards
+from meshlm.router.ledger import Ledger
+from meshlm.router.record import Recorder
+from meshlm.router.work import Work
+from meshlm.v1 import cache_pb2, inference_pb2
+from meshlm.v1 import generation_pb2 as pb
+
+log = structlog.get_logger()
+
+Response = inference_pb2.StreamGenerateResponse
+T = TypeVar("T")
+
+
+class Pipeline:
+    def __init__(self, config: RouterConfig, *, ledger: Ledger, fleet: Fleet, answers: Answers, guards: Guards) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._fleet = fleet
+        self._answers = answers
+        self._guards = guards
+        self._recorder = Recorder()
+        self._settling: set[asyncio.Task[None]] = set()
+
+    async def run(self, work: Work) -> AsyncGenerator[Response, None]:
+        """The responses to a request that was identified. Passes through `_settle` whatever happens."""
+        try:
+            await self._admit(work)
+            self._choose(work)
+            screening = asyncio.create_task(self._screen(work))
+            try:
+                await self._look_up(work, screening)
+                stream = self._replay(work) if work.lookup.answer is not None else self._generate(work, screening)
+                async with contextlib.aclosing(stream):
+                    async for response in stream:
+                        yield response
+            finally:
+                await _abandon(screening)
+            work.outcome = "complete"
+        except MeshError as error:
+            work.outcome = error.reason
+            raise
+        finally:
+            await self._shielded(self._settle(work))
+
+    async def stop(self) -> None:
+        """Wait for settlements still under way."""
+        if self._settling:
+            await asyncio.wait(self._settling)
+
+    async def _admit(self, work: Work) -> None:
+        attributes = {
+            Name.PROMPT_BYTES: work.measure.size,
+            Name.PROMPT_ENTROPY: work.measure.entropy,
+            Name.PROMPT_COMPRESSION: work.measure.compression,
+            Name.TOKENS_RESERVED: work.tokens_at_most,
+        }
+        with span("router.admit", attributes) as current:
+            # The request's own id may be sent twice by a caller: a reservation is of this call alone.
+            identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
+            work.reservation = await self._ledger.reserve(identifier, work.key, work.tokens_at_most)
+            current.set_attribute(Name.LEDGER_MODE, work.reservation.mode)
+        work.timing.admit = work.elapsed()
+
+    def _choose(self, work: Work) -> None:
+        model = self._fleet.resolve(work.generation.model)
+        if work.key.models and model not in work.key.models:
+            raise MeshError(Reason.KEY_NOT_ALLOWED, "this key may not use this model", metadata={"model": model})
+        work.choice = self._fleet.choose(model)
+        work.generation.model = model
+        current = trace.get_current_span()
+        current.set_attribute(Name.CANDIDATES, [replica.name for replica in work.choice.replicas])
+        current.set_attribute(Name.ROUTING_REASON, work.choice.reason)
+
+    async def _screen(self, work: Work) -> pb.Verdict | None:
+        begun = time.perf_counter()
+        text = await token_text(work)
+        verdict = await self._guards.check_input(work.request_id, work.key, work.generation.input, text)
+        work.timing.guard = time.perf_counter() - begun
+        return verdict
+
+    async def _look_up(self, work: Work, screening: asyncio.Task[pb.Verdict | None]) -> None:
+        """Leaves an answer in `work.lookup` only if its input passes the guard now, under the policy it was made."""
+        if work.resume_from:
+            return  # chunk boundaries differ between runs: only the worker can cut an answer at a token
+        assert work.choice is not None  # noqa: S101
+        begun = time.perf_counter()
+        arguments = (work.request_id, work.key, work.generation, work.choice.revision)
+        work.lookup = await self._answers.look_up(*arguments)
+        work.timing.cache = time.perf_counter() - begun
+        if work.lookup.answer is None:
+            return
+        work.input_verdict = await screening
+        if _policy(work.input_verdict) != _policy(work.lookup.answer.input_verdict):
+            work.lookup = await self._answers.look_up(*arguments, refresh=True)
+
+    async def _replay(self, work: Work) -> AsyncGenerator[Response, None]:
+        answer = work.lookup.answer
+        assert answer is not None  # noqa: S101
+        work.usage = answer.usage
+        work.output_verdicts = list(answer.output_verdicts)
+        yield Response(start=self._start(work), usage=work.usage)
+        for chunk in answer.chunks:
+            work.note(chunk)
+            yield Response(chunk=chunk, usage=work.usage)
+        yield Response(end=self._end(work), usage=work.usage)
+
+    async def _generate(self, work: Work, screening: asyncio.Task[pb.Verdict | None]) -> AsyncGenerator[Response, None]:
+        # Prefill and guard run at the same time; nothing leaves before the verdict.
+        dispatching = asyncio.create_task(dispatch(work, self._fleet))
+        window = self._guards.open_output(work.request_id, work.key, work.generation.input)
+        call: WorkerCall | None = None
+        try:
+            work.input_verdict = await screening
+            call = await dispatching
+            yield Response(start=self._start(work), usage=work.usage)
+            async for message in call.messages():
+                work.usage = message.usage
+                for chunk in await window.pass_through(message.chunk) if message.HasField("chunk") else ():
+                    work.note(chunk)
+                    yield Response(chunk=chunk, usage=work.usage)
+                if work.complete:
+                    break
+            work.output_verdicts = window.verdicts()
+            yield Response(end=self._end(work), usage=work.usage)
+        finally:
+            window.close()
+            call = call or await _abandon(dispatching)
+            if call is not None:
+                await call.close(work)
+
+    def _start(self, work: Work) -> inference_pb2.StreamStart:
+        start = inference_pb2.StreamStart(
+            request_id=work.request_id, trace_id=work.trace_id, routing=_routing(work), input_verdict=work.input_verdict
+        )
+        reservation = work.reservation
+        if reservation is not None and (reservation.requests_left is not None or reservation.tokens_left is not None):
+            start.limits.requests_remaining = reservation.requests_left or 0
+            start.limits.tokens_remaining = reservation.tokens_left or 0
+        return start
+
+    def _end(self, work: Work) -> inference_pb2.StreamEnd:
+        work.timing.total = work.elapsed()
+        return inference_pb2.StreamEnd(timing=work.timing, output_verdicts=work.output_verdicts)
+
+    async def _settle(self, work: Work) -> None:
+        """What was used is billed, the rest given back; the answer goes to the cache, the record to the log."""
+        with span("router.settle", {Name.TOKENS_SETTLED: work.tokens_used}):
+            if work.reservation is not None and not await self._ledger.settle(work.reservation, work.tokens_used):
+                log.warning("reservation not settled: its charge stays", tokens=work.reservation.tokens)
+            if work.lookup.flight:
+                await self._end_flight(work)
+        self._recorder.record(work)
+
+    async def _end_flight(self, work: Work) -> None:
+        if not work.cacheable:
+            await self._answers.release(work.lookup)
+            return
+        answer = cache_pb2.CachedAnswer(
+            chunks=work.chunks,
+            usage=work.usage,
+            output_verdicts=work.output_verdicts,
+            input_verdict=work.input_verdict,
+            stored_at=time.time(),
+        )
+        await self._answers.keep(work.lookup, answer)
+
+    async def _shielded(self, settling: Awaitable[None]) -> None:
+        """A cancelled request is settled all the same."""
+        task = asyncio.ensure_future(settling)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+        await asyncio.shield(task)
+
+
+def _routing(work: Work) -> inference_pb2.RoutingDecision:
+    choice = work.choice
+    assert choice is not None  # noqa: S101
+    decision = inference_pb2.RoutingDecision(model=choice.model, model_revision=choice.revision)
+    if work.lookup.answer is not None:
+        decision.reason = {"hit": "cache_hit", "shared": "cache_shared"}[work.lookup.outcome]
+        return decision
+    decision.reason = choice.reason
+    decision.candidates.extend(replica.name for replica in choice.replicas)
+    if work.replica is not None and work.replica.state is not None:
+        decision.replica = work.replica.name
+        decision.region = work.replica.state.region
+    return decision
+
+
+def _policy(verdict: pb.Verdict | None) -> str:
+    return verdict.policy_version if verdict is not None else ""
+
+
+async def _abandon(task: asyncio.Task[T]) -> T | None:
+    """End a task whose result may no longer be wanted; its result, if it had one by then."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError, Exception):
+        return await task
+    return None

@@ -1,0 +1,122 @@
+"""The public servicer: thin, for the pipeline is elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+
+import grpc
+
+from meshlm.chassis.calls import outgoing_metadata, request_id, seconds_left
+from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
+from meshlm.chassis.telemetry import current_trace_id
+from meshlm.chassis.validation import check_input
+from meshlm.router.config import RouterConfig
+from meshlm.router.fleet import Fleet
+from meshlm.router.identity import KeyRing
+from meshlm.router.pipeline import Pipeline
+from meshlm.router.work import Work
+from meshlm.v1 import inference_pb2 as pb
+from meshlm.v1 import inference_pb2_grpc, worker_pb2
+from meshlm.v1.generation_pb2 import Chunk
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    def __init__(self, config: RouterConfig, keys: KeyRing, fleet: Fleet, pipeline: Pipeline) -> None:
+        self._config = config
+        self._keys = keys
+        self._fleet = fleet
+        self._pipeline = pipeline
+
+    async def StreamGenerate(
+        self, request: pb.StreamGenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
+        key = self._keys.identify(context.invocation_metadata())
+        ids = (request_id(), current_trace_id())
+        work = Work.begin(request, key, ids, seconds_left(context), self._config)
+        async with contextlib.aclosing(self._pipeline.run(work)) as responses:
+            async for response in responses:
+                yield response
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
+        stream = pb.StreamGenerateRequest(generation=request.generation)
+        whole = _Whole()
+        async with contextlib.aclosing(self.StreamGenerate(stream, context)) as responses:
+            async for response in responses:
+                whole.add(response)
+        return whole.response()
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListModelsResponse:
+        key = self._keys.identify(context.invocation_metadata())
+        models = self._fleet.models()
+        default = self._config.default_model or (next(iter(models)) if len(models) == 1 else "")
+        listed = []
+        for name, replicas in sorted(models.items()):
+            if key.models and name not in key.models:
+                continue
+            model = next(r.state.model for r in replicas if r.state is not None)
+            listed.append(
+                pb.Model(
+                    name=name,
+                    revision=model.revision,
+                    max_context=model.max_context,
+                    adapters=model.adapters,
+                    chat=model.chat,
+                    ready_replicas=sum(r.usable for r in replicas),
+                    is_default=name == default,
+                )
+            )
+        return pb.ListModelsResponse(models=listed)
+
+    async def CountTokens(
+        self, request: pb.CountTokensRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CountTokensResponse:
+        key = self._keys.identify(context.invocation_metadata())
+        check_input(request.input, "input")
+        model = self._fleet.resolve(request.model)
+        if key.models and model not in key.models:
+            raise MeshError(Reason.KEY_NOT_ALLOWED, "this key may not use this model", metadata={"model": model})
+        replica = self._fleet.choose(model).replicas[0]
+        ask = worker_pb2.CountInputTokensRequest(input=request.input)
+        timeout = seconds_left(context) or self._config.default_deadline_seconds
+        try:
+            counted = await replica.stub.CountInputTokens(ask, timeout=timeout, metadata=outgoing_metadata())
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return pb.CountTokensResponse(prompt_tokens=counted.prompt_tokens, model=model)
+
+
+class _Whole:
+    """A stream, gathered."""
+
+    def __init__(self) -> None:
+        self._response = pb.GenerateResponse()
+        self._texts: dict[int, list[str]] = {}
+        self._choices: dict[int, pb.Choice] = {}
+
+    def add(self, response: pb.StreamGenerateResponse) -> None:
+        self._response.usage.CopyFrom(response.usage)
+        kind = response.WhichOneof("event")
+        if kind == "start":
+            self._response.start.CopyFrom(response.start)
+        elif kind == "end":
+            self._response.end.CopyFrom(response.end)
+        elif kind == "chunk":
+            self._add_chunk(response.chunk)
+
+    def _add_chunk(self, chunk: Chunk) -> None:
+        choice = self._choices.setdefault(chunk.choice, pb.Choice(index=chunk.choice))
+        self._texts.setdefault(chunk.choice, []).append(chunk.text)
+        choice.token_ids.extend(chunk.token_ids)
+        choice.logprobs.extend(chunk.logprobs)
+        choice.finish_reason = chunk.finish_reason
+        if chunk.HasField("matched_stop"):
+            choice.matched_stop = chunk.matched_stop
+
+    def response(self) -> pb.GenerateResponse:
+        for index, choice in sorted(self._choices.items()):
+            choice.text = "".join(self._texts[index])
+            self._response.choices.append(choice)
+        return self._response

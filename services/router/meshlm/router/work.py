@@ -1,0 +1,149 @@
+"""One request on its way through the pipeline: what is known of it so far, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+
+from meshlm.chassis.errors import MeshError, Reason, invalid
+from meshlm.chassis.validation import check_generation, is_deterministic
+from meshlm.router.answers import Lookup
+from meshlm.router.config import KeyConfig, RouterConfig
+from meshlm.router.fleet import Choice, Replica
+from meshlm.router.ledger import Reservation
+from meshlm.router.measure import Measure, measure
+from meshlm.v1 import generation_pb2 as pb
+from meshlm.v1 import inference_pb2
+
+_PRIORITIES = {
+    "critical": pb.PRIORITY_CRITICAL,
+    "interactive": pb.PRIORITY_INTERACTIVE,
+    "standard": pb.PRIORITY_STANDARD,
+    "batch": pb.PRIORITY_BATCH,
+}
+
+
+@dataclass
+class Work:
+    request_id: str
+    trace_id: str
+    key: KeyConfig
+    generation: pb.Generation  # the caller's, with the mesh's defaults filled in
+    resume_from: int
+    measure: Measure
+    started: float  # seconds, time.perf_counter
+    deadline: float  # same clock
+    reservation: Reservation | None = None
+    choice: Choice | None = None
+    replica: Replica | None = None
+    lookup: Lookup = field(default_factory=Lookup)
+    input_verdict: pb.Verdict | None = None
+    output_verdicts: list[pb.Verdict] = field(default_factory=list)
+    usage: pb.Usage = field(default_factory=pb.Usage)
+    timing: pb.Timing = field(default_factory=pb.Timing)
+    chunks: list[pb.Chunk] = field(default_factory=list)  # released, for the cache
+    finishes: dict[int, pb.FinishReason.ValueType] = field(default_factory=dict)  # by choice
+    outcome: str = "cancelled"  # until something else is known: complete, or the reason of the error
+
+    @classmethod
+    def begin(
+        cls,
+        request: inference_pb2.StreamGenerateRequest,
+        key: KeyConfig,
+        ids: tuple[str, str],
+        seconds: float | None,
+        config: RouterConfig,
+    ) -> Work:
+        """Check the request and fill in defaults. `ids` are those of request and trace.
+
+        Raises MeshError REQUEST_INVALID or KEY_NOT_ALLOWED.
+        """
+        generation = pb.Generation()
+        generation.CopyFrom(request.generation)
+        check_generation(generation)
+        measured = measure(generation.input)
+        _check_permissions(generation, key, measured, config)
+        _check_resume(request, generation)
+        if not generation.sampling.HasField("max_tokens"):
+            generation.sampling.max_tokens = max(config.default_max_tokens, generation.sampling.min_tokens)
+        if generation.priority == pb.PRIORITY_UNSPECIFIED:
+            generation.priority = _PRIORITIES[key.priority]
+        now = time.perf_counter()
+        limit = config.default_deadline_seconds if seconds is None else min(seconds, config.default_deadline_seconds)
+        return cls(
+            request_id=ids[0],
+            trace_id=ids[1],
+            key=key,
+            generation=generation,
+            resume_from=request.resume_from,
+            measure=measured,
+            started=now,
+            deadline=now + limit,
+        )
+
+    @property
+    def choices(self) -> int:
+        return self.generation.sampling.n if self.generation.sampling.HasField("n") else 1
+
+    @property
+    def tokens_at_most(self) -> int:
+        """What to reserve: the prompt's estimate and every choice's limit."""
+        return self.measure.tokens + self.choices * self.generation.sampling.max_tokens
+
+    @property
+    def tokens_used(self) -> int:
+        """What to bill: nothing for an answer that was already there."""
+        if self.lookup.answer is not None:
+            return 0
+        return self.usage.prompt_tokens + self.usage.completion_tokens
+
+    @property
+    def cache_salt(self) -> bytes:
+        """Separates prefixes of tenants, and of cache keys within a tenant."""
+        key = self.generation.cache_key.encode()
+        return hashlib.sha256(self.key.tenant.encode() + b"\0" + key).digest()[:16]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.finishes) == self.choices
+
+    @property
+    def cacheable(self) -> bool:
+        return self.complete and pb.FINISH_REASON_CONTENT_FILTER not in self.finishes.values()
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    def seconds_left(self) -> float:
+        """Raises MeshError DEADLINE where nothing is left."""
+        left = self.deadline - time.perf_counter()
+        if left <= 0:
+            raise MeshError(Reason.DEADLINE, "the deadline passed")
+        return left
+
+    def note(self, chunk: pb.Chunk) -> None:
+        """A chunk goes out to the client."""
+        if chunk.text and not self.timing.time_to_first_token:
+            self.timing.time_to_first_token = self.elapsed()
+        if chunk.finish_reason != pb.FINISH_REASON_UNSPECIFIED:
+            self.finishes[chunk.choice] = chunk.finish_reason
+        self.chunks.append(chunk)
+
+
+def _check_permissions(generation: pb.Generation, key: KeyConfig, measured: Measure, config: RouterConfig) -> None:
+    if generation.input.WhichOneof("input") == "token_ids" and not key.raw_prompts:
+        raise MeshError(Reason.KEY_NOT_ALLOWED, "this key may not send token ids", metadata={"right": "raw_prompts"})
+    if measured.size > config.max_input_bytes:
+        raise invalid("generation.input", f"larger than {config.max_input_bytes} bytes")
+    if generation.adapter:
+        raise invalid("generation.adapter", "no adapter of this name is loaded")
+
+
+def _check_resume(request: inference_pb2.StreamGenerateRequest, generation: pb.Generation) -> None:
+    if not request.resume_from:
+        return
+    if not is_deterministic(generation.sampling):
+        raise invalid("resume_from", "only a deterministic request (temperature 0, or a seed) can be resumed")
+    if generation.sampling.HasField("n") and generation.sampling.n > 1:
+        raise invalid("resume_from", "only a request with one choice can be resumed")
