@@ -67,7 +67,7 @@ async def running(
 async def collect(stream: EngineStream) -> tuple[list[int], Finished]:
     tokens: list[int] = []
     end = None
-    async with stream:
+    with stream:
         async for events in stream:
             for event in events:
                 if isinstance(event, NewToken):
@@ -119,10 +119,9 @@ async def test_kill_minus_nine_from_outside_is_noticed_while_idle() -> None:
 async def test_tokens_sent_before_the_death_are_delivered_before_the_loss() -> None:
     async with running(step_seconds=0.1) as client:
         tokens: list[int] = []
-        with pytest.raises(EngineLost):
-            async with client.submit(request("it", KILL)) as stream:
-                async for events in stream:
-                    tokens += [event.token for event in events if isinstance(event, NewToken)]
+        with pytest.raises(EngineLost), client.submit(request("it", KILL)) as stream:
+            async for events in stream:
+                tokens += [event.token for event in events if isinstance(event, NewToken)]
         assert tokens == expected_tokens(list(KILL), GREEDY, 3)
 
 
@@ -165,7 +164,7 @@ async def test_two_hundred_cancelled_streams_leave_no_block_in_use() -> None:
     async with running(step_seconds=0.002, total_blocks=512) as client:
 
         async def leave_after_first_batch(i: int) -> None:
-            async with client.submit(request(f"r{i}", b"prompt %d" % i, max_tokens=1000)) as stream:
+            with client.submit(request(f"r{i}", b"prompt %d" % i, max_tokens=1000)) as stream:
                 async for _ in stream:
                     return
 

@@ -50,51 +50,56 @@ class EngineLost(Exception):  # noqa: N818 - named as the condition
 
 
 class EngineStream:
-    """The events of one sequence, in batches: whatever came since the last look. Use as an async context manager;
-    leaving it early cancels the sequence."""
+    """The events of one sequence. Use as a context manager: leaving it early cancels the sequence.
 
-    def __init__(self, client: EngineClient, sequence_id: str) -> None:
+    Iterate for batches of whatever came since the last look; or wait for `arrived`, which streams may share, and
+    `take` from each.
+    """
+
+    def __init__(self, client: EngineClient, sequence_id: str, arrived: asyncio.Event) -> None:
         self.id = sequence_id
+        self.arrived = arrived
+        self.ended = False  # no event will come after those not yet taken
         self._client = client
         self._events: list[Event] = []
-        self._arrived = asyncio.Event()
-        self._ended = False
         self._lost: EngineLost | None = None
+
+    def take(self) -> list[Event]:
+        """What came since the last call. Raises EngineLost, after the events that came before the loss."""
+        if not self._events and self._lost is not None:
+            raise self._lost
+        events, self._events = self._events, []
+        return events
 
     def push(self, event: Event) -> None:
         self._events.append(event)
-        self._ended = self._ended or isinstance(event, Finished)
-        self._arrived.set()
+        self.ended = self.ended or isinstance(event, Finished)
+        self.arrived.set()
 
     def lose(self, error: EngineLost) -> None:
-        self._lost = error
-        self._arrived.set()
+        self._lost, self.ended = error, True
+        self.arrived.set()
 
     def cancel(self) -> None:
         """Asks the engine to end the sequence; its `Finished` still comes."""
-        if not self._ended and self._lost is None:
+        if not self.ended:
             self._client.send_cancel(self.id)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> list[Event]:
-        """At least one event. Ends after `Finished`; raises EngineLost after the events that came before the loss."""
-        if not self._events:
-            if self._ended:
+        while not (events := self.take()):
+            if self.ended:
                 raise StopAsyncIteration
-            await self._arrived.wait()
-        if not self._events and self._lost is not None:
-            raise self._lost
-        events, self._events = self._events, []
-        if self._lost is None:
-            self._arrived.clear()
+            self.arrived.clear()
+            await self.arrived.wait()
         return events
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
@@ -168,16 +173,16 @@ class EngineClient:
         with contextlib.suppress(asyncio.CancelledError):
             await self._supervisor
 
-    def submit(self, request: Submit) -> EngineStream:
+    def submit(self, request: Submit, arrived: asyncio.Event | None = None) -> EngineStream:
         """Hands a sequence to the engine. `prompt` is not empty and its ids are in the vocabulary.
 
-        Raises EngineLost where no engine is ready.
+        `arrived` is set at each of its events. Raises EngineLost where no engine is ready.
         """
         if self._engine is None or self._stopping:
             raise EngineLost("the engine is not ready")
         if not request.prompt or request.limits.max_tokens < 1:
             raise ValueError("a sequence has a token before it and at least one behind")
-        stream = EngineStream(self, request.id)
+        stream = EngineStream(self, request.id, arrived or asyncio.Event())
         if not self._streams:
             self._last_progress = time.monotonic()  # until now there was no work to make progress on
         self._streams[request.id] = stream
