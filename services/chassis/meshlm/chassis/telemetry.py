@@ -74,12 +74,26 @@ class Name:
     LEDGER_MODE = "meshlm.ledger.mode"
     PREEMPTIONS = "meshlm.engine.preemptions"
     CHOICE = "meshlm.choice"
+    GUARD_DIRECTION = "meshlm.guard.direction"
+    GUARD_CATEGORY = "meshlm.guard.category"
+    GUARD_VERDICTS = "meshlm.guard.verdicts"
+    GUARD_FINDINGS = "meshlm.guard.findings"
+    GUARD_DURATION = "meshlm.guard.duration"
+    CACHE_LOOKUPS = "meshlm.cache.lookups"
+    CACHE_STORES = "meshlm.cache.stores"
+    CACHE_DURATION = "meshlm.cache.duration"
+    CACHE_STATE_FAILURES = "meshlm.cache.state_failures"
 
 
 GENAI_DURATION = [0.01 * 2**i for i in range(14)]
 GENAI_TTFT = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0]
 GENAI_TPOT = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5]
+# Calls inside the mesh: from 100 us to 13 s (the SDK's own default is made for milliseconds).
+_CALLS = [0.0001 * 2**i for i in range(18)]
 _BUCKETS: Mapping[str, Sequence[float]] = {
+    "rpc.server.duration": _CALLS,
+    Name.GUARD_DURATION: _CALLS,
+    Name.CACHE_DURATION: _CALLS,
     Name.SERVER_DURATION: GENAI_DURATION,
     Name.SERVER_TTFT: GENAI_TTFT,
     Name.SERVER_TPOT: GENAI_TPOT,
