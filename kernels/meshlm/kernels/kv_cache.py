@@ -1,8 +1,9 @@
-"""Where keys and values live: the layout of the paged cache, and the store into it (Kwon et al. 2023, arXiv:2309.06180).
+"""Where keys and values live: the layout of the paged cache, and the store into it (Kwon et al. 2023,
+arXiv:2309.06180).
 
-One tensor a layer: (2, kv_heads, blocks, block_size, head_dim), keys first. With the head outside the block, gathering any
-list of blocks gives for each head one contiguous run of tokens, ready for a batched product without a transpose copy.
-A slot is `block * block_size + offset`.
+One tensor a layer: (2, kv_heads, blocks, block_size, head_dim), keys first. With the head outside the block, gathering
+any list of blocks gives for each head one contiguous run of tokens, ready for a batched product without a transpose
+copy. A slot is `block * block_size + offset`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Matrix products with a weight: plain, and int8 with one activation scale a row.
 
-The int8 product runs in fbgemm (the one good int8 path of torch on AVX2). Its own dynamic mode takes one activation scale for
-the whole batch, so a request's tokens would depend on its neighbours; here each row is divided by its largest magnitude
-first and the product is told a fixed scale. The sums are exact int32, hence rows are independent bit for bit.
+The int8 product runs in fbgemm (the one good int8 path of torch on AVX2). Its own dynamic mode takes one activation
+scale for the whole batch, so a request's tokens would depend on its neighbours; here each row is divided by its
+largest magnitude first and the product is told a fixed scale. The sums are exact int32, hence rows are independent bit
+for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 ACTIVATION_STEPS = 127  # activations are rounded to [-127, 127]
 WEIGHT_STEPS = 127
@@ -33,7 +34,7 @@ class Int8Weight:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x: (tokens, in); weight: (out, in), same dtype; bias: (out,). Returns (tokens, out)."""
-    return F.linear(x, weight, bias)
+    return functional.linear(x, weight, bias)
 
 
 def int8_supported(device: torch.device) -> bool:

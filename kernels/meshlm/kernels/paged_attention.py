@@ -1,8 +1,9 @@
 """Attention of one new token a sequence over its paged cache (decode).
 
 Each sequence's context is cut into tiles of a fixed number of tokens; all tiles of all sequences form one flat batch of
-equal products, merged afterwards by their log-sum-exp (split-K as in Flash-Decoding, Dao et al. 2023). Every product has the
-same shape whatever the batch, so a sequence's result does not depend on who else is in the step, bit for bit on a CPU.
+equal products, merged afterwards by their log-sum-exp (split-K as in Flash-Decoding, Dao et al. 2023). Every product
+has the same shape whatever the batch, so a sequence's result does not depend on who else is in the step, bit for bit
+on a CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ def tile_tokens(block_size: int) -> int:
 
 
 def plan_decode(
-    tables: list[list[int]], lengths: list[int], block_size: int, kv_heads: int, dtype: torch.dtype, device: torch.device
+    tables: list[list[int]],
+    lengths: list[int],
+    block_size: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> DecodeTiles:
     """Lay out the tiles of sequences with the given block tables and context lengths (tokens, the new one included)."""
     tile = tile_tokens(block_size)
@@ -83,7 +89,8 @@ def paged_attention(query: torch.Tensor, cache: torch.Tensor, tiles: DecodeTiles
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, owner: torch.Tensor, sequences: int) -> torch.Tensor:
-    """Weigh the tiles of each sequence: (kv_heads, tiles, group, d) and (kv_heads, tiles, group) to (kv_heads, sequences, ...).
+    """Weigh the tiles of each sequence: (kv_heads, tiles, group, d) and (kv_heads, tiles, group) to (kv_heads,
+    sequences, ...).
 
     A sequence with a single tile gets weight exp(0) / 1, so its result equals the one without a merge exactly.
     """

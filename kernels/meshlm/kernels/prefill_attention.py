@@ -1,8 +1,9 @@
 """Causal attention of a chunk of a prompt over its paged cache, tokens of earlier chunks included.
 
-Queries are taken in tiles at fixed positions of the sequence (multiples of the tile), rows outside the chunk left zero, and
-a tile sees the keys up to its own end. The shapes of all products follow from positions alone, so a token's result is the
-same, bit for bit on a CPU, however the prompt was cut into chunks and whatever of it came from the prefix cache.
+Queries are taken in tiles at fixed positions of the sequence (multiples of the tile), rows outside the chunk left
+zero, and a tile sees the keys up to its own end. The shapes of all products follow from positions alone, so a token's
+result is the same, bit for bit on a CPU, however the prompt was cut into chunks and whatever of it came from the
+prefix cache.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ def prefill_attention(
 ) -> torch.Tensor:
     """One chunk: positions [start, start + tokens) of one sequence, whose keys and values are already stored.
 
-    query: (tokens, heads, head_dim); cache: one layer's; blocks: (n,) int64, the sequence's blocks padded with block 0 to
-    whole tiles (`padded_blocks`). Returns (tokens, heads, head_dim).
+    query: (tokens, heads, head_dim); cache: one layer's; blocks: (n,) int64, the sequence's blocks padded with block 0
+    to whole tiles (`padded_blocks`). Returns (tokens, heads, head_dim).
     """
     tokens, heads, head_dim = query.shape
     kv_heads, block_size = cache.shape[1], cache.shape[3]
@@ -30,7 +31,9 @@ def prefill_attention(
     inside = slice(start - first * tile, start - first * tile + tokens)
     padded[inside] = query
     # (q tiles, kv_heads, tile * group, head_dim): the rows of one product are (position, query head in its group).
-    rows = padded.view(-1, tile, kv_heads, group, head_dim).transpose(1, 2).reshape(-1, kv_heads, tile * group, head_dim)
+    rows = (
+        padded.view(-1, tile, kv_heads, group, head_dim).transpose(1, 2).reshape(-1, kv_heads, tile * group, head_dim)
+    )
     ahead = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu(1).repeat_interleave(group, 0)
     out = torch.empty_like(rows)
     for index in range(last - first + 1):

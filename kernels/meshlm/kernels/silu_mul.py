@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up: (tokens, 2 * width), gate in the first half. Returns (tokens, width) of the same dtype."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return functional.silu(gate).mul_(up)
 
 
 def reference_silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

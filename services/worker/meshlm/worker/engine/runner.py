@@ -107,6 +107,6 @@ class TorchRunner:
 
 
 def _decodes(chunk: Chunk) -> bool:
-    """A single output token goes the decode way. A single prompt token does not: which kernel computes a position must not
-    depend on how the scheduler cut the prompt."""
+    """A single output token goes the decode way. A single prompt token does not: which kernel computes a position must
+    not depend on how the scheduler cut the prompt."""
     return chunk.count == 1 and chunk.start >= chunk.sequence.prompt_length

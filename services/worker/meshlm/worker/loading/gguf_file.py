@@ -1,7 +1,7 @@
 """The GGUF container: metadata and memory-mapped tensors. No torch: the front process reads its tokenizer from here.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Read here rather than by `gguf.GGUFReader` because that
-takes seconds on a large vocabulary and answers a damaged file with numpy's errors.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Read here rather than by `gguf.GGUFReader` because
+that takes seconds on a large vocabulary and answers a damaged file with numpy's errors.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         end = self.at + count
         if end > len(self.data):
-            raise ModelFileError(self.path, f"truncated: {count} bytes wanted at {self.at}, the file has {len(self.data)}")
+            raise ModelFileError(
+                self.path, f"truncated: {count} bytes wanted at {self.at}, the file has {len(self.data)}"
+            )
         piece = self.data[self.at : end]
         self.at = end
         return piece
@@ -108,7 +110,9 @@ class GgufFile:
             if info.type_id in _known_types():
                 end = self._start + info.offset + self._nbytes(info)
                 if end > len(self._data):
-                    raise ModelFileError(path, f"truncated: {info.name} ends at byte {end}, the file has {len(self._data)}")
+                    raise ModelFileError(
+                        path, f"truncated: {info.name} ends at byte {end}, the file has {len(self._data)}"
+                    )
 
     @staticmethod
     def _tensor_info(cursor: _Cursor) -> TensorInfo:
@@ -121,7 +125,7 @@ class GgufFile:
     @staticmethod
     def _nbytes(info: TensorInfo) -> int:
         per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(info.type_id)]
-        return math.prod(info.shape) // per_block * block_bytes
+        return int(math.prod(info.shape) // per_block * block_bytes)
 
     def require(self, key: str) -> Any:
         """A metadata value. Raises ModelFileError where it is absent."""
@@ -153,6 +157,8 @@ def _known_types() -> frozenset[int]:
     return frozenset(kind.value for kind in GGMLQuantizationType)
 
 
-def _dequantize(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    convert: Callable[..., npt.NDArray[np.float32]] = dequantize
+def _dequantize(
+    raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    convert: Callable[..., npt.NDArray[np.float32]] = dequantize  # untyped in its package
     return convert(raw.reshape(*shape[:-1], -1), kind).astype(np.float32, copy=False).reshape(shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from meshlm.worker.loading.checkpoint import Checkpoint
 from meshlm.worker.loading.errors import ModelFileError
+from meshlm.worker.loading.json_file import read_json
 from meshlm.worker.models.config import ModelConfig, RopeScaling
 
 ARCHITECTURES = frozenset({"llama"})
@@ -38,12 +38,6 @@ def open_folder(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, owner.keys(), read)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, sorted, and the index where there is one."""
-    files = sorted({folder / name for name in _tensor_files(folder).values()})
-    return [folder / INDEX, *files] if (folder / INDEX).exists() else files
-
-
 def _tensor_files(folder: Path) -> dict[str, str]:
     """Tensor name to file name."""
     if (folder / INDEX).exists():
@@ -66,19 +60,6 @@ def _tensor_names(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise ModelFileError(path, f"damaged or truncated: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ModelFileError: missing, or not a JSON object."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ModelFileError(path, error.strerror or str(error)) from None
-    except ValueError as error:
-        raise ModelFileError(path, f"not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelFileError(path, "not a JSON object")
-    return content
 
 
 def read_config(folder: Path) -> ModelConfig:

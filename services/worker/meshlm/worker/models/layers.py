@@ -1,4 +1,6 @@
-"""Layers that architectures share: linear projections in the precision asked for, and attention over the paged cache."""
+"""Layers that architectures share: linear projections in the precision asked for, and attention over the paged
+cache.
+"""
 
 from __future__ import annotations
 
@@ -101,12 +103,12 @@ def frequencies(config: ModelConfig) -> torch.Tensor:
         return scale_linear(base, scaling.factor)
     if scaling.kind == "divisors":
         return base / torch.tensor(scaling.divisors)
-    return scale_llama3(
-        base, scaling.factor, scaling.low_frequency, scaling.high_frequency, scaling.original_context
-    )
+    return scale_llama3(base, scaling.factor, scaling.low_frequency, scaling.high_frequency, scaling.original_context)
 
 
-def attend(qkv: torch.Tensor, config: ModelConfig, table: torch.Tensor, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
+def attend(
+    qkv: torch.Tensor, config: ModelConfig, table: torch.Tensor, batch: Batch, cache: torch.Tensor
+) -> torch.Tensor:
     """Rotate, store, attend.
 
     qkv: (tokens, query_size + 2 * kv_size), a fused projection; table: (tokens, 2, head_dim), see `rope_table`;

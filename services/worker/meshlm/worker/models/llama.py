@@ -1,11 +1,13 @@
-"""The Llama architecture (Touvron et al. 2023, arXiv:2302.13971): pre-norm, rotary positions, grouped queries, gated MLP."""
+"""The Llama architecture (Touvron et al. 2023, arXiv:2302.13971): pre-norm, rotary positions, grouped queries,
+gated MLP.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from meshlm.kernels.rms_norm import rms_norm
 from meshlm.kernels.rope import rope_table
@@ -64,7 +66,7 @@ class Llama:
     def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
         """cache: (layers, 2, kv_heads, blocks, block_size, head_dim). Returns (len(batch.rows), vocab_size) float32."""
         eps = self.config.norm_eps
-        hidden = F.embedding(batch.tokens, self._embedding)
+        hidden = functional.embedding(batch.tokens, self._embedding)
         table = self._rope.index_select(0, batch.positions)
         for layer, layer_cache in zip(self._layers, cache, strict=True):
             qkv = layer.qkv(rms_norm(hidden, layer.attention_norm, eps))

@@ -14,5 +14,7 @@ def load_model(checkpoint: Checkpoint, placement: Placement, progress: Progress)
     """Raises ModelFileError."""
     architecture = checkpoint.config.architecture
     if architecture not in ARCHITECTURES:
-        raise ModelFileError(checkpoint.path, f"the architecture {architecture!r} is unknown; known: {sorted(ARCHITECTURES)}")
+        raise ModelFileError(
+            checkpoint.path, f"the architecture {architecture!r} is unknown; known: {sorted(ARCHITECTURES)}"
+        )
     return ARCHITECTURES[architecture](checkpoint, placement, progress)
