@@ -6,12 +6,13 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from opentelemetry import context as otel_context
 from opentelemetry.trace import SpanKind
 
@@ -23,6 +24,8 @@ log = structlog.get_logger()
 
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_Reader = Callable[[Any], Any]
+_Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 _UNTRACED = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.")
 
 
@@ -81,22 +84,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or details.method.startswith(_UNTRACED):
             return handler
+        kind = handler.request_streaming, handler.response_streaming
+        inner, make = _INNER[kind](handler), _FACTORIES[kind]
+        # grpc.aio answers bytes it cannot parse with UNKNOWN and the exception's text: parse inside the boundary.
+        read = _reader(handler.request_deserializer, handler.request_streaming)
         wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
-        make = _FACTORIES[handler.request_streaming, handler.response_streaming]
-        inner = _INNER[handler.request_streaming, handler.response_streaming](handler)
-        return make(wrap(details.method, inner), handler.request_deserializer, handler.response_serializer)
+        return make(wrap(details.method, inner, read), None, handler.response_serializer)
 
-    def _wrap_unary(self, method: str, inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def _wrap_unary(self, method: str, inner: Callable[..., Awaitable[Any]], read: _Reader) -> _Behaviour:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             async with _Boundary(self, method, context):
-                return await inner(request, context)
+                return await inner(read(request), context)
 
         return call
 
-    def _wrap_stream(self, method: str, inner: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
+    def _wrap_stream(self, method: str, inner: Callable[..., Any], read: _Reader) -> _Behaviour:
         # Written with context.write, not as a generator: a cancel must reach the handler's finally at once.
         async def call(request: Any, context: grpc.aio.ServicerContext) -> None:
-            async with _Boundary(self, method, context), aclosing(inner(request, context)) as messages:
+            async with _Boundary(self, method, context), aclosing(inner(read(request), context)) as messages:
                 async for message in messages:
                     await context.write(message)
 
@@ -108,6 +113,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     @property
     def gate(self) -> Gate:
         return self._gate
+
+
+def _reader(parse: Callable[[bytes], Any], streaming: bool) -> _Reader:
+    """From what gRPC hands over (bytes, or an iterator of them) to messages. Raises MeshError REQUEST_INVALID."""
+
+    def one(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            raise MeshError(Reason.REQUEST_INVALID, "the message cannot be parsed") from None
+
+    async def many(stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in stream:
+            yield one(data)
+
+    return many if streaming else one
 
 
 class _Boundary:

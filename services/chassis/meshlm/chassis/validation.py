@@ -63,12 +63,12 @@ def check_input(source: pb.Input, path: str = "generation.input") -> None:
 
 
 def check_sampling(sampling: pb.Sampling, path: str = "generation.sampling") -> None:
+    given = {field.name for field, _ in sampling.ListFields()}
     for name, least, most, closed in _RANGES:
-        value = getattr(sampling, name)
-        if sampling.HasField(name) and not (
-            math.isfinite(value) and least <= value <= most and (closed or value > least)
-        ):
-            raise invalid(f"{path}.{name}", f"must be in {'[' if closed else '('}{least:g}, {most:g}]")
+        if name in given:
+            value = getattr(sampling, name)
+            if not (math.isfinite(value) and least <= value <= most and (closed or value > least)):
+                raise invalid(f"{path}.{name}", f"must be in {'[' if closed else '('}{least:g}, {most:g}]")
     _check_lengths(sampling, path)
     _check_stops(sampling, path)
     if len(sampling.logit_bias) > MAX_BIASES:

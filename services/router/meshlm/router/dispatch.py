@@ -36,7 +36,7 @@ class WorkerCall:
     async def messages(self) -> AsyncIterator[worker_pb2.RunGenerationResponse]:
         """Everything after the acceptance. Raises MeshError."""
         try:
-            async for message in self._call:
+            while (message := await self._call.read()) is not grpc.aio.EOF:
                 yield message
         except grpc.RpcError as error:
             failure = from_rpc_error(error)
@@ -50,7 +50,7 @@ class WorkerCall:
         self._span.set_attribute(Name.CACHED_TOKENS, work.usage.cached_prompt_tokens)
         self._span.set_attribute(Name.OUTPUT_TOKENS, work.usage.completion_tokens)
         self._span.end()
-        with contextlib.suppress(grpc.RpcError, Exception):
+        with contextlib.suppress(grpc.RpcError):
             await self._call.code()
 
 
@@ -94,7 +94,7 @@ async def _offer(work: Work, replica: Replica) -> WorkerCall:
     try:
         first = await call.read()
         if first is grpc.aio.EOF:
-            raise from_rpc_error(await _status_of(call))
+            raise MeshError(Reason.INTERNAL, "a worker accepted and said nothing")
         taken = True
     except grpc.RpcError as error:
         raise from_rpc_error(error) from None
@@ -106,12 +106,6 @@ async def _offer(work: Work, replica: Replica) -> WorkerCall:
     work.replica = replica
     work.usage = first.usage or pb.Usage()
     return WorkerCall(call, span)
-
-
-async def _status_of(call: Any) -> grpc.RpcError:
-    return grpc.aio.AioRpcError(
-        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-    )
 
 
 async def token_text(work: Work) -> str:

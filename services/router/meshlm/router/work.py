@@ -42,7 +42,7 @@ class Work:
     output_verdicts: list[pb.Verdict] = field(default_factory=list)
     usage: pb.Usage = field(default_factory=pb.Usage)
     timing: pb.Timing = field(default_factory=pb.Timing)
-    chunks: list[pb.Chunk] = field(default_factory=list)  # released, for the cache
+    chunks: list[pb.Chunk] = field(default_factory=list)  # released, kept for the cache only
     finishes: dict[int, pb.FinishReason.ValueType] = field(default_factory=dict)  # by choice
     outcome: str = "cancelled"  # until something else is known: complete, or the reason of the error
 
@@ -128,7 +128,8 @@ class Work:
             self.timing.time_to_first_token = self.elapsed()
         if chunk.finish_reason != pb.FINISH_REASON_UNSPECIFIED:
             self.finishes[chunk.choice] = chunk.finish_reason
-        self.chunks.append(chunk)
+        if self.lookup.flight:
+            self.chunks.append(chunk)
 
 
 def _check_permissions(generation: pb.Generation, key: KeyConfig, measured: Measure, config: RouterConfig) -> None:

