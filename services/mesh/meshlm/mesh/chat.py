@@ -1,0 +1,139 @@
+"""`meshlm chat`: a conversation in the terminal. Ctrl-C cancels the answer, not the chat."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.markup import escape
+
+from meshlm.chassis.errors import MeshError
+from meshlm.mesh.client import Mesh
+from meshlm.mesh.events import End, Start, Text
+from meshlm.mesh.requests import Asked
+from meshlm.mesh.settings import add_endpoint_arguments, find_endpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`meshlm chat`."""
+    add_endpoint_arguments(parser)
+    parser.add_argument("text", nargs="?", help="ask this one thing, and end; without it, a conversation")
+    parser.add_argument("--model", default="", help="name or alias (default: the mesh's default model)")
+    parser.add_argument("--system", default="", help="the conversation's system message")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, the most likely answer")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--max-tokens", type=int, default=512, help="most tokens of an answer (default: 512)")
+    parser.add_argument("--stats", action="store_true", help="tell time to first token, tokens/s and the request's id")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`meshlm chat`."""
+    endpoint = find_endpoint(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    options = _options(arguments)
+    turns: list[tuple[str, str]] = [("system", arguments.system)] if arguments.system else []
+    with Mesh(endpoint.target, key=endpoint.key) as mesh:
+        if arguments.text is not None:
+            answer(mesh, [*turns, ("user", arguments.text)], options, console, stats=arguments.stats)
+            return 0
+        return _converse(mesh, turns, options, console, stats=arguments.stats)
+
+
+def _options(arguments: argparse.Namespace) -> Asked:
+    options = Asked(model=arguments.model, temperature=arguments.temperature, max_tokens=arguments.max_tokens)
+    if arguments.seed is not None:
+        options["seed"] = arguments.seed
+    return options
+
+
+def _converse(mesh: Mesh, turns: list[tuple[str, str]], options: Asked, console: Console, *, stats: bool) -> int:
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # gives `input` its history and editing
+        console.print("[dim]Ctrl-C cancels an answer; Ctrl-D ends the chat.[/]")
+    while (said := _ask(console)) is not None:
+        if not said.strip():
+            continue
+        asked = [*turns, ("user", said)]
+        try:
+            told = answer(mesh, asked, options, console, stats=stats)
+        except MeshError as error:
+            console.print(f"[red]{escape(str(error))}[/]")
+            continue
+        if told.text:
+            turns[:] = [*asked, ("assistant", told.text)]
+    return 0
+
+
+def _ask(console: Console) -> str | None:
+    """The next turn; None at the end of input, or for Ctrl-C where nothing runs."""
+    try:
+        return input("\nyou> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        console.print()
+        return None
+
+
+@dataclass
+class Told:
+    """An answer as the terminal saw it."""
+
+    text: str = ""
+    request_id: str = ""
+    trace_id: str = ""
+    routing_reason: str = ""
+    first_token: float = 0.0  # seconds from the call to the first text
+    total: float = 0.0  # seconds from the call to the end
+    tokens: int = 0
+    cancelled: bool = False
+    end: End | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first."""
+        seconds = self.total - self.first_token
+        return (self.tokens - 1) / seconds if self.tokens > 1 and seconds > 0 else 0.0
+
+    def summary(self) -> str:
+        """One line of figures."""
+        reasons = ", ".join(self.end.finish_reasons.values()) if self.end else "cancelled"
+        rate = f"{self.tokens_per_second:.1f} tokens/s, " if self.tokens > 1 else ""
+        return (
+            f"first token after {self.first_token * 1000:.0f} ms, {rate}{self.tokens} tokens in {self.total:.2f} s, "
+            f"{reasons}, {self.routing_reason}; request {self.request_id}"
+        )
+
+
+def answer(
+    mesh: Mesh, turns: Sequence[tuple[str, str]], options: Asked, console: Console, *, stats: bool = False
+) -> Told:
+    """Stream one answer to the console; Ctrl-C ends it. Raises MeshError."""
+    told, begun = Told(), time.perf_counter()
+    asked = Asked(**options, messages=turns)
+    with contextlib.closing(mesh.stream(**asked)) as events:
+        try:
+            for event in events:
+                match event:
+                    case Start():
+                        told.request_id, told.trace_id = event.request_id, event.trace_id
+                        told.routing_reason = event.routing.reason
+                    case Text():
+                        if event.text and not told.text:
+                            told.first_token = time.perf_counter() - begun
+                        told.text += event.text
+                        told.tokens = event.usage.completion_tokens
+                        console.print(event.text, end="", markup=False)
+                    case End():
+                        told.end, told.tokens = event, event.usage.completion_tokens
+        except KeyboardInterrupt:
+            told.cancelled = True
+    told.total = time.perf_counter() - begun
+    console.print(" [yellow](cancelled)[/]" if told.cancelled else "")
+    if stats:
+        console.print(f"[dim]{escape(told.summary())}[/]")
+    return told

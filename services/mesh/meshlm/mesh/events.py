@@ -1,0 +1,150 @@
+"""What a stream tells, as plain typed events. Nouns inside them are the contract's own messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from meshlm.v1 import generation_pb2, inference_pb2
+
+
+@dataclass(frozen=True)
+class Start:
+    """The stream's first event."""
+
+    request_id: str
+    trace_id: str
+    routing: inference_pb2.RoutingDecision
+    input_verdict: generation_pb2.Verdict
+    limits: inference_pb2.LimitState | None
+    # Token offset at which this stream starts: above 0 after a resume.
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Text:
+    """More of one choice's answer."""
+
+    text: str
+    choice: int
+    # Offset of the first of these tokens in the choice's output, and their number.
+    token_offset: int
+    token_count: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[generation_pb2.PositionLogprobs]
+    # Tokens so far, over all choices.
+    usage: generation_pb2.Usage
+
+
+@dataclass(frozen=True)
+class End:
+    """The stream's last event."""
+
+    usage: generation_pb2.Usage
+    timing: generation_pb2.Timing
+    # By choice: `stop`, `length`, `content_filter` or `budget_spent`.
+    finish_reasons: Mapping[int, str]
+    # By choice, where a stop string or token ended it.
+    matched_stops: Mapping[int, str]
+    output_verdicts: Sequence[generation_pb2.Verdict]
+    cost_micros: int | None
+
+
+Event = Start | Text | End
+
+
+@dataclass(frozen=True)
+class ChoiceAnswer:
+    """One whole answer."""
+
+    text: str
+    finish_reason: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[generation_pb2.PositionLogprobs]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole generation: its choices between the start and the end of their stream."""
+
+    choices: Sequence[ChoiceAnswer]
+    start: Start
+    end: End
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.choices[0].text
+
+
+@dataclass
+class StreamReader:
+    """Turns a stream's messages into events, and remembers how far the first choice got."""
+
+    # Where the next message of the first choice would go on.
+    next_offset: int = 0
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    matched_stops: dict[int, str] = field(default_factory=dict)
+
+    def read(self, message: inference_pb2.StreamGenerateResponse) -> Event | None:
+        """The event that a message tells; None for one that only moves the usage."""
+        kind = message.WhichOneof("event")
+        if kind == "start":
+            return start_of(message.start, self.next_offset)
+        if kind == "end":
+            return end_of(message.end, message.usage, self.finish_reasons, self.matched_stops)
+        if kind == "chunk":
+            return self._text(message.chunk, message.usage)
+        return None
+
+    def _text(self, chunk: generation_pb2.Chunk, usage: generation_pb2.Usage) -> Text | None:
+        if chunk.choice == 0:
+            self.next_offset = chunk.token_offset + chunk.token_count
+        if chunk.finish_reason:
+            self.finish_reasons[chunk.choice] = finish_name(chunk.finish_reason)
+            if chunk.HasField("matched_stop"):
+                self.matched_stops[chunk.choice] = chunk.matched_stop
+        if not (chunk.text or chunk.token_count):
+            return None
+        return Text(
+            chunk.text,
+            chunk.choice,
+            chunk.token_offset,
+            chunk.token_count,
+            tuple(chunk.token_ids),
+            tuple(chunk.logprobs),
+            usage,
+        )
+
+
+def start_of(message: inference_pb2.StreamStart, offset: int = 0) -> Start:
+    """The event for a stream's first message."""
+    limits = message.limits if message.HasField("limits") else None
+    return Start(message.request_id, message.trace_id, message.routing, message.input_verdict, limits, offset)
+
+
+def end_of(
+    message: inference_pb2.StreamEnd,
+    usage: generation_pb2.Usage,
+    finish_reasons: Mapping[int, str],
+    matched_stops: Mapping[int, str],
+) -> End:
+    """The event for a stream's last message."""
+    cost = message.cost_micros if message.HasField("cost_micros") else None
+    return End(usage, message.timing, finish_reasons, matched_stops, tuple(message.output_verdicts), cost)
+
+
+def answer_of(message: inference_pb2.GenerateResponse) -> Answer:
+    """A unary answer in the same terms."""
+    reasons = {choice.index: finish_name(choice.finish_reason) for choice in message.choices}
+    stops = {choice.index: choice.matched_stop for choice in message.choices if choice.HasField("matched_stop")}
+    choices = tuple(
+        ChoiceAnswer(choice.text, finish_name(choice.finish_reason), tuple(choice.token_ids), tuple(choice.logprobs))
+        for choice in sorted(message.choices, key=lambda choice: choice.index)
+    )
+    return Answer(choices, start_of(message.start), end_of(message.end, message.usage, reasons, stops))
+
+
+def finish_name(reason: generation_pb2.FinishReason.ValueType) -> str:
+    """`FINISH_REASON_STOP` as `stop`."""
+    return generation_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()

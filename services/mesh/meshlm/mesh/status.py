@@ -1,0 +1,146 @@
+"""`meshlm status` and `meshlm models`: how the mesh is, and what it serves."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import redis.asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from meshlm.chassis.channels import open_channel
+from meshlm.mesh.client import Mesh
+from meshlm.mesh.settings import add_config_arguments, add_endpoint_arguments, find_endpoint, read_settings
+from meshlm.mesh.state import RunningService
+from meshlm.v1 import worker_pb2, worker_pb2_grpc
+
+_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Health:
+    """A service at this moment."""
+
+    serving: bool
+    text: str
+    milliseconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`meshlm status`."""
+    add_config_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`meshlm status`: 1 where something does not serve."""
+    running = read_settings(arguments).folder.running()
+    return asyncio.run(_show(list(running.services), Console()))
+
+
+def add_models_arguments(parser: argparse.ArgumentParser) -> None:
+    """`meshlm models`."""
+    add_endpoint_arguments(parser)
+
+
+def run_models(arguments: argparse.Namespace) -> int:
+    """`meshlm models`."""
+    endpoint = find_endpoint(arguments)
+    with Mesh(endpoint.target, key=endpoint.key, deadline=10.0) as mesh:
+        models = mesh.list_models()
+    table = _table("model", "revision", "context", "replicas", "adapters")
+    for model in models:
+        name = f"{escape(model.name)}{' (default)' if model.is_default else ''}"
+        adapters = ", ".join(model.adapters) or "-"
+        table.add_row(name, model.revision[:12], str(model.max_context), str(model.ready_replicas), escape(adapters))
+    Console().print(table)
+    return 0
+
+
+async def _show(services: list[RunningService], console: Console) -> int:
+    healths = await asyncio.gather(*(check(service) for service in services))
+    table = _table("service", "health", "answers in", "pid", "address")
+    for service, health in zip(services, healths, strict=True):
+        style = "green" if health.serving else "red"
+        took = f"{health.milliseconds:.1f} ms"
+        table.add_row(service.name, f"[{style}]{health.text}[/]", took, str(service.pid), escape(service.address))
+    console.print(table)
+    workers = [service for service in services if service.part == "worker"]
+    loads = await asyncio.gather(*(load_of(worker.address) for worker in workers))
+    console.print(_loads_table([load for load in loads if load is not None]))
+    return 0 if all(health.serving for health in healths) else 1
+
+
+async def check(service: RunningService) -> Health:
+    """Ask a service for its health."""
+    begun = time.perf_counter()
+    text = await (_valkey_health if service.part == "valkey" else _grpc_health)(service.address)
+    return Health(text == "SERVING", text, (time.perf_counter() - begun) * 1000)
+
+
+async def load_of(target: str) -> worker_pb2.WatchLoadResponse | None:
+    """A worker's load now; None where it does not answer."""
+    async with open_channel(target) as channel:
+        stub: Any = worker_pb2_grpc.WorkerServiceStub(channel)
+        call = stub.WatchLoad(worker_pb2.WatchLoadRequest(watcher="meshlm status"), timeout=_SECONDS)
+        try:
+            async for load in call:
+                assert isinstance(load, worker_pb2.WatchLoadResponse)  # noqa: S101  # the stub is untyped
+                return load
+        except grpc.RpcError:
+            return None
+        finally:
+            call.cancel()
+    return None
+
+
+async def _grpc_health(target: str) -> str:
+    async with open_channel(target) as channel:
+        try:
+            request = health_pb2.HealthCheckRequest()
+            answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=_SECONDS)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+async def _valkey_health(url: str) -> str:
+    client = redis.asyncio.Redis.from_url(url, socket_timeout=_SECONDS)
+    try:
+        with contextlib.suppress(redis.RedisError, OSError):
+            return "SERVING" if await client.ping() else "NOT_SERVING"
+        return "UNAVAILABLE"
+    finally:
+        await client.aclose()
+
+
+def _loads_table(loads: list[worker_pb2.WatchLoadResponse]) -> Table:
+    table = _table("replica", "model", "running", "waiting", "blocks in use", "step", "steps", "cancelled", "engines")
+    for load in loads:
+        used = load.total_blocks - load.free_blocks
+        table.add_row(
+            escape(load.replica),
+            escape(load.model.name),
+            str(load.running),
+            f"{load.waiting}/{load.waiting_limit}",
+            f"{used}/{load.total_blocks}",
+            f"{load.step_seconds * 1000:.1f} ms",
+            str(load.counters.steps),
+            str(load.counters.cancelled),
+            str(load.counters.engine_starts),
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
