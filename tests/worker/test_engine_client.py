@@ -43,7 +43,7 @@ def request(name: str, prompt: bytes = b"hello", max_tokens: int = 6) -> Submit:
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     """Waits for a condition with a bound."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the conditions are of other processes
+        while not condition():
             await asyncio.sleep(0.01)
 
 

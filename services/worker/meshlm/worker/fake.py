@@ -13,9 +13,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import dataclass
 from hashlib import blake2b
-
-import msgspec
 
 from meshlm.worker.engine.sequence import Chunk, Sampled, Sequence, StepOutOfMemory
 from meshlm.worker.messages import ModelFacts, Sampling, TokenLogprob
@@ -32,15 +31,20 @@ OUT_OF_MEMORY = b"!oom"
 FAULTS = (HANG, CRASH, KILL, OUT_OF_MEMORY)
 
 
-class FakeSettings(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class FakeSettings:
     """The size and pace of the fake."""
 
+    # Blocks of its KV cache.
     total_blocks: int = 512
-    block_size: int = 16  # tokens
-    max_context: int = 2048  # tokens
+    # Tokens of a block.
+    block_size: int = 16
+    # Most tokens of a sequence.
+    max_context: int = 2048
+    # Seconds that a step takes.
     step_seconds: float = 0.0
-    load_seconds: float = 0.0
-    end_one_in: int = 0  # END is drawn about once in so many tokens; 0 is never
+    # END is drawn about once in so many tokens; 0: never.
+    end_one_in: int = 0
 
 
 def next_token(context: bytes, sampling: Sampling, end_one_in: int = 0) -> int:

@@ -25,6 +25,7 @@ from meshlm.worker.engine.engine import Engine
 from meshlm.worker.engine.scheduler import SchedulerSettings
 from meshlm.worker.engine.sequence import Runner
 from meshlm.worker.fake import FakeRunner, FakeSettings
+from meshlm.worker.loading.errors import ModelFileError
 from meshlm.worker.messages import Cancel, FromEngine, Goodbye, Loading, Ready, Stop, Submit, ToEngine
 
 HEARTBEAT_SECONDS = 1.0
@@ -102,9 +103,13 @@ def load(settings: ProcessSettings, line: Line) -> Runner:
     progress("load", 0, 1)
     if settings.kind == "fake":
         return FakeRunner(msgspec.convert(settings.runner, FakeSettings))
-    from meshlm.worker.engine.load import RunnerSettings, load_runner
+    from meshlm.worker.engine.load import RunnerSettings, SettingsError, load_runner
 
-    return load_runner(msgspec.convert(settings.runner, RunnerSettings, dec_hook=_from_builtin), progress)
+    try:
+        return load_runner(msgspec.convert(settings.runner, RunnerSettings, dec_hook=_from_builtin), progress)
+    except (ModelFileError, SettingsError) as error:
+        log.error("the model cannot be run", reason=str(error))  # no prompt can be in there
+        raise
 
 
 def _from_builtin(kind: type, value: Any) -> Any:

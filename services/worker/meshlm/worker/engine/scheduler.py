@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-
-import msgspec
+from dataclasses import dataclass
 
 from meshlm.worker.engine.blocks import BlockPool, extend_chain
 from meshlm.worker.engine.sequence import Chunk, Sampled, Sequence, Status
@@ -26,14 +25,20 @@ from meshlm.worker.messages import Finish, Finished, Load, ModelFacts, NewToken,
 FREED = (Finish.CANCELLED, Finish.DEADLINE)
 
 
-class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class SchedulerSettings:
     """How much is done at once. Raises ValueError where a full batch would leave no room for a prefill chunk."""
 
-    max_running: int = 32  # sequences in a step
-    max_waiting: int = 256  # sequences not yet started; more are refused as OVERLOADED
-    chunk_tokens: int = 256  # prompt tokens of one sequence in one step
-    step_tokens: int = 544  # tokens in a step: decodes, then prefill chunks
-    aging_seconds: float = 10.0  # waiting that outweighs one step of priority
+    # Most sequences in a step.
+    max_running: int = 32
+    # Most sequences not yet started; more are refused as OVERLOADED.
+    max_waiting: int = 256
+    # Most prompt tokens of one sequence in one step; prompts are cut at its multiples.
+    chunk_tokens: int = 256
+    # Most tokens in a step: decodes, then prefill chunks. At least max_running + chunk_tokens.
+    step_tokens: int = 544
+    # Seconds of waiting that outweigh one step of priority.
+    aging_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         if min(self.max_running, self.max_waiting, self.chunk_tokens) < 1 or self.aging_seconds < 0:

@@ -11,7 +11,7 @@ import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
@@ -59,6 +59,7 @@ class EngineStream:
     def __init__(self, client: EngineClient, sequence_id: str, arrived: asyncio.Event) -> None:
         self.id = sequence_id
         self.arrived = arrived
+        self.started = False  # left the waiting queue
         self.ended = False  # no event will come after those not yet taken
         self._client = client
         self._events: list[Event] = []
@@ -73,6 +74,7 @@ class EngineStream:
 
     def push(self, event: Event) -> None:
         self._events.append(event)
+        self.started = True  # a sequence that ends while it waits does not wait either
         self.ended = self.ended or isinstance(event, Finished)
         self.arrived.set()
 
@@ -151,6 +153,15 @@ class EngineClient:
         return self._process.pid if self._process is not None else 0
 
     @property
+    def waiting(self) -> int:
+        """Sequences handed to the engine and not yet started; includes those that its last report could not know."""
+        return sum(not stream.started for stream in self._streams.values())
+
+    @property
+    def waiting_limit(self) -> int:
+        return self._settings.scheduler.max_waiting
+
+    @property
     def median_step_seconds(self) -> float:
         """Of the last 64 steps that made tokens; 0 before the first."""
         return statistics.median(self._step_seconds) if self._step_seconds else 0.0
@@ -196,7 +207,11 @@ class EngineClient:
     def forget(self, sequence_id: str) -> None:
         self._streams.pop(sequence_id, None)
 
-    async def watch(self) -> AsyncIterator[None]:
+    def wake_watchers(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def watch(self) -> AsyncGenerator[None, None]:
         """Yields at once, then whenever `able` or `load` changed (at most 20 times a second), and every second."""
         while True:
             changed = self._changed
@@ -306,14 +321,10 @@ class EngineClient:
                     stream.push(event)
         for end in report.finished:
             self.forget(end.id)
-        self._change()
-
-    def _change(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        self.wake_watchers()
 
     async def _tell(self, *, able: bool, why: str) -> None:
-        self._change()
+        self.wake_watchers()
         await self._on_able(able, why)
 
     def _lose_streams(self, why: str) -> None:

@@ -1,0 +1,79 @@
+"""Configuration of a worker (section `worker`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from meshlm.chassis.config import ServerConfig
+from meshlm.worker.engine.scheduler import SchedulerSettings
+from meshlm.worker.fake import FakeSettings
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """A worker: one model on one device."""
+
+    server: ServerConfig = field(
+        default_factory=lambda: ServerConfig(listen="127.0.0.1:50061", admin_listen="127.0.0.1:50062")
+    )
+    # Name of the replica, unique in the mesh.
+    name: str = "worker"
+    # Region it runs in.
+    region: str = "local"
+    # Name under which the model is asked for; empty: the name of its file or folder.
+    model: str = ""
+    # A GGUF file or a Hugging Face folder; none only for the fake engine.
+    model_path: Path | None = None
+    # `fake` makes letters without a model: for tests of everything around one.
+    engine: Literal["torch", "fake"] = "torch"
+    # `auto`: int8 weights on a CPU that can multiply them, else none.
+    quantization: Literal["none", "int8", "auto"] = "auto"
+    # Where the model runs, as torch names it: cpu, cuda, cuda:1.
+    device: str = "cpu"
+    # Type of activations and KV cache.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Threads of a step; unset: torch's choice.
+    threads: int | None = None
+    # Most tokens of input and answer together; unset: the model's own limit.
+    max_context: int | None = None
+    # Bytes of KV cache.
+    kv_memory: int = 1 << 30
+    # Blocks of KV cache; where set, it wins over `kv_memory`.
+    kv_blocks: int | None = None
+    # Tokens of a block, a power of two.
+    block_size: int = 16
+    # How much is done at once.
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    # Seconds without a step, with work to do, after which the engine is killed and started again.
+    hang_seconds: float = 30.0
+    # Seconds without progress after which a loading engine is killed.
+    load_seconds: float = 600.0
+    # The fake engine's size and pace.
+    fake: FakeSettings = field(default_factory=FakeSettings)
+
+    def __post_init__(self) -> None:
+        if self.engine == "torch" and self.model_path is None:
+            raise ValueError("model_path is required")
+        if self.hang_seconds <= 0 or self.load_seconds <= 0:
+            raise ValueError("hang_seconds and load_seconds must be above 0")
+        if self.kv_memory < 1 or self.block_size < 1:
+            raise ValueError("kv_memory and block_size must be at least 1")
+
+    @property
+    def model_name(self) -> str:
+        if self.model or self.model_path is None:
+            return self.model or "fake"
+        return self.model_path.stem if self.model_path.suffix == ".gguf" else self.model_path.name
+
+    @property
+    def runner(self) -> dict[str, Any]:
+        """What the engine process is given: the fields of RunnerSettings or FakeSettings."""
+        if self.engine == "fake":
+            fields: dict[str, Any] = msgspec.to_builtins(self.fake)
+            return fields
+        names = ("quantization", "device", "dtype", "threads", "max_context", "kv_memory", "kv_blocks", "block_size")
+        return {"model": str(self.model_path)} | {name: getattr(self, name) for name in names}

@@ -1,0 +1,134 @@
+"""From a request to a plan: checked, encoded, and fitted into the model's context."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from meshlm.chassis.errors import MeshError, Reason, invalid
+from meshlm.chassis.validation import check_generation
+from meshlm.v1 import generation_pb2 as pb
+from meshlm.v1 import worker_pb2
+from meshlm.worker.front.prompts import Prompts
+from meshlm.worker.messages import Limits, ModelFacts, Sampling, Submit
+
+# Smaller goes first; see the scheduler for what a step is worth.
+PRIORITIES = {
+    pb.PRIORITY_UNSPECIFIED: 0,
+    pb.PRIORITY_CRITICAL: -1,
+    pb.PRIORITY_INTERACTIVE: 0,
+    pb.PRIORITY_STANDARD: 1,
+    pb.PRIORITY_BATCH: 2,
+}
+# Fields that the wire and the engine know under the same name, with the same neutral values where they are unset.
+_DRAWING = frozenset(
+    {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+)
+_SEEDS = 1 << 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One generation, ready for the engine."""
+
+    prompt: list[int]
+    generated: list[int]  # tokens of choice 0 that were made elsewhere
+    sampling: Sampling  # of choice 0
+    limits: Limits
+    stops: tuple[str, ...]
+    choices: int
+    priority: int
+    cache_salt: bytes
+    resume_from: int  # tokens that are not sent again
+    return_token_ids: bool
+
+    def submit(self, identifier: str, choice: int) -> Submit:
+        """The sequence of one choice."""
+        seed = (self.sampling.seed + choice) % _SEEDS
+        return Submit(
+            id=identifier,
+            prompt=self.prompt,
+            generated=self.generated,
+            sampling=msgspec.structs.replace(self.sampling, seed=seed),
+            limits=self.limits,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+            arrival=time.monotonic(),
+        )
+
+
+async def make_plan(
+    request: worker_pb2.RunGenerationRequest, prompts: Prompts, facts: ModelFacts, model: str, seconds: float | None
+) -> Plan:
+    """`seconds`: until the caller's deadline. Raises MeshError: REQUEST_INVALID, MODEL_UNKNOWN, CONTEXT_TOO_LONG."""
+    generation = request.generation
+    check_generation(generation)
+    if generation.model not in ("", model):
+        raise MeshError(Reason.MODEL_UNKNOWN, "this worker serves another model", metadata={"model": model})
+    if generation.adapter:
+        raise MeshError(Reason.MODEL_UNKNOWN, "this worker has no such adapter", metadata={"model": model})
+    _check_resumption(request, facts)
+    _check_token_ids(generation.sampling, facts)
+    prompt = await prompts.encode(
+        generation.input, control_tokens=request.allow_control_tokens, vocab_size=facts.vocab_size
+    )
+    return Plan(
+        prompt=prompt,
+        generated=list(request.generated),
+        sampling=_sampling(generation.sampling),
+        limits=_limits(generation.sampling, prompts, _room(prompt, facts), seconds),
+        stops=tuple(generation.sampling.stop),
+        choices=generation.sampling.n or 1,
+        priority=PRIORITIES.get(generation.priority, 0),
+        cache_salt=request.cache_salt,
+        resume_from=request.resume_from,
+        return_token_ids=generation.return_token_ids,
+    )
+
+
+def _check_resumption(request: worker_pb2.RunGenerationRequest, facts: ModelFacts) -> None:
+    if (request.resume_from or request.generated) and (request.generation.sampling.n or 1) > 1:
+        raise invalid("resume_from", "only a generation with one choice can be resumed")
+    if any(token >= facts.vocab_size for token in request.generated):
+        raise invalid("generated", f"each must be below {facts.vocab_size}")
+
+
+def _check_token_ids(sampling: pb.Sampling, facts: ModelFacts) -> None:
+    for name, ids in (("logit_bias", sampling.logit_bias.keys()), ("stop_token_ids", sampling.stop_token_ids)):
+        if any(token >= facts.vocab_size for token in ids):
+            raise invalid(f"generation.sampling.{name}", f"each token id must be below {facts.vocab_size}")
+
+
+def _room(prompt: list[int], facts: ModelFacts) -> int:
+    """Tokens that the context leaves for an answer. Raises MeshError CONTEXT_TOO_LONG."""
+    longest = min(facts.max_context, facts.total_blocks * facts.block_size)
+    if len(prompt) >= longest:
+        raise MeshError(
+            Reason.CONTEXT_TOO_LONG,
+            f"the input has {len(prompt)} tokens; with an answer, {longest} fit",
+            metadata={"prompt_tokens": str(len(prompt)), "max_context": str(longest)},
+        )
+    return longest - len(prompt)
+
+
+def _sampling(sampling: pb.Sampling) -> Sampling:
+    given = {field.name: value for field, value in sampling.ListFields() if field.name in _DRAWING}
+    return Sampling(
+        **given,
+        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(64),
+        logit_bias=dict(sampling.logit_bias),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+    )
+
+
+def _limits(sampling: pb.Sampling, prompts: Prompts, room: int, seconds: float | None) -> Limits:
+    stop_tokens = frozenset(sampling.stop_token_ids)
+    return Limits(
+        max_tokens=min(sampling.max_tokens or room, room),
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=stop_tokens if sampling.ignore_eos else stop_tokens | prompts.tokenizer.eos_ids,
+        deadline=None if seconds is None else time.monotonic() + seconds,
+    )

@@ -1,0 +1,74 @@
+"""From a request's input to the token ids of the prompt."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from meshlm.chassis.errors import MeshError, Reason, invalid
+from meshlm.v1 import generation_pb2 as pb
+from meshlm.worker.text.chat_template import ChatTemplate, ChatTemplateError
+from meshlm.worker.text.tokenizer import Tokenizer
+
+INLINE_BYTES = 4096  # longer inputs are encoded on a thread, so that they hold up no stream
+PATH = "generation.input"
+
+log = structlog.get_logger()
+
+
+class Prompts:
+    """A model's way to read inputs. Safe to share between threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises ChatTemplateError for a model whose template is broken."""
+        self.tokenizer = tokenizer
+        source = tokenizer.facts.chat_template
+        self._template = ChatTemplate(source, tokenizer) if source else None
+
+    @property
+    def chat(self) -> bool:
+        """Whether the model has a chat template."""
+        return self._template is not None
+
+    async def encode(self, source: pb.Input, *, control_tokens: bool, vocab_size: int) -> list[int]:
+        """The prompt's tokens, at least one. `control_tokens`: whether a plain prompt may write them.
+
+        Raises MeshError REQUEST_INVALID naming the field.
+        """
+        if source.ByteSize() <= INLINE_BYTES:
+            tokens = self._encode(source, control_tokens, vocab_size)
+        else:
+            tokens = await asyncio.to_thread(self._encode, source, control_tokens, vocab_size)
+        if not tokens:
+            raise invalid(PATH, "has no tokens")
+        return tokens
+
+    def _encode(self, source: pb.Input, control_tokens: bool, vocab_size: int) -> list[int]:
+        if source.WhichOneof("input") == "chat":
+            return self._encode_chat(source.chat)
+        if source.WhichOneof("input") == "prompt":
+            return self.tokenizer.encode(source.prompt, parse_control=control_tokens, add_bos=True)
+        if max(source.token_ids.ids) >= vocab_size:
+            raise invalid(f"{PATH}.token_ids", f"each must be below {vocab_size}")
+        return list(source.token_ids.ids)
+
+    def _encode_chat(self, chat: pb.Chat) -> list[int]:
+        if self._template is None:
+            raise invalid(f"{PATH}.chat", "the model has no chat template; send a prompt")
+        messages = [_message(message) for message in chat.messages]
+        opens = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
+        try:
+            return self._template.encode(messages, add_generation_prompt=opens)
+        except ChatTemplateError as error:
+            if (
+                error.refused
+            ):  # by the template's own rules, e.g. roles must alternate; its text is the model's author's
+                raise invalid(f"{PATH}.chat.messages", "the model's chat template refuses them") from None
+            log.error("chat template failed", error=type(error.__cause__ or error).__name__)
+            raise MeshError(Reason.INTERNAL, "the model's chat template failed") from None
+
+
+def _message(message: pb.Message) -> dict[str, str]:
+    fields = {"role": message.role, "content": message.content}
+    return fields | {"name": message.name} if message.HasField("name") else fields

@@ -1,0 +1,124 @@
+"""The gRPC face of a worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import grpc
+import structlog
+
+from meshlm.chassis.calls import seconds_left
+from meshlm.chassis.errors import MeshError, Reason
+from meshlm.chassis.server import Life
+from meshlm.chassis.validation import check_input
+from meshlm.v1 import worker_pb2, worker_pb2_grpc
+from meshlm.worker.config import WorkerConfig
+from meshlm.worker.front.engine_client import EngineClient
+from meshlm.worker.front.measures import Measures
+from meshlm.worker.front.plans import make_plan
+from meshlm.worker.front.prompts import Prompts
+from meshlm.worker.front.streams import Generation
+from meshlm.worker.messages import ModelFacts
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What is known of the model once it is loaded."""
+
+    prompts: Prompts
+    facts: ModelFacts
+    revision: str
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    """`model` and `life` are set by the composition root as they come to be."""
+
+    def __init__(self, config: WorkerConfig, client: EngineClient, measures: Measures) -> None:
+        self.model: ServedModel | None = None
+        self.life: Life | None = None
+        self._config = config
+        self._client = client
+        self._measures = measures
+
+    async def RunGeneration(
+        self, request: worker_pb2.RunGenerationRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[worker_pb2.RunGenerationResponse, None]:
+        model = self._ready_model()
+        seconds = seconds_left(context)
+        plan = await make_plan(request, model.prompts, model.facts, self._config.model_name, seconds)
+        generation = Generation(self._client, plan, model.prompts.tokenizer)
+        try:
+            async with aclosing(generation.responses(model.revision)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            self._measures.record(generation)
+
+    async def CountInputTokens(
+        self, request: worker_pb2.CountInputTokensRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.CountInputTokensResponse:
+        model = self._ready_model()
+        check_input(request.input, "input")
+        tokens = await model.prompts.encode(request.input, control_tokens=False, vocab_size=model.facts.vocab_size)
+        given = request.input.WhichOneof("input") == "token_ids"
+        return worker_pb2.CountInputTokensResponse(
+            prompt_tokens=len(tokens),
+            token_text=model.prompts.tokenizer.decode(tokens, skip_control=False) if given else "",
+        )
+
+    async def WatchLoad(
+        self, request: worker_pb2.WatchLoadRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[worker_pb2.WatchLoadResponse, None]:
+        log.info("watched", watcher=request.watcher[:128])
+        async with aclosing(self._client.watch()) as changes:
+            async for _ in changes:
+                yield self._state()
+
+    def _ready_model(self) -> ServedModel:
+        if self.model is None or not self._client.able:
+            raise MeshError(Reason.ENGINE_LOST, "the engine is not ready", retry_after=1.0)
+        return self.model
+
+    def _state(self) -> worker_pb2.WatchLoadResponse:
+        load = self._client.load
+        draining = self.life is not None and self.life.draining
+        state = worker_pb2.WatchLoadResponse(
+            replica=self._config.name,
+            region=self._config.region,
+            model=self._described_model(),
+            ready=self.model is not None and self._client.able and not draining,
+            draining=draining,
+            waiting_limit=self._client.waiting_limit,
+            step_seconds=self._client.median_step_seconds,
+            counters=worker_pb2.EngineCounters(engine_starts=self._client.starts),
+        )
+        if self.model is not None:
+            state.block_size = self.model.facts.block_size
+        if load is not None:
+            state.running, state.waiting = load.running, load.waiting
+            state.free_blocks, state.total_blocks = load.free_blocks, load.total_blocks
+            state.pending_prefill_tokens = load.pending_prefill_tokens
+            state.prefix_digest = load.digest
+            state.counters.steps = load.steps_total
+            state.counters.preemptions = load.preemptions_total
+            state.counters.cancelled = load.cancelled_total
+            state.counters.blocks_freed_after_cancel = load.freed_after_cancel_total
+            state.counters.out_of_memory = load.out_of_memory_total
+        return state
+
+    def _described_model(self) -> worker_pb2.WorkerModel:
+        described = worker_pb2.WorkerModel(name=self._config.model_name)
+        if self.model is not None:
+            facts = self.model.facts
+            described.revision = self.model.revision
+            described.max_context = min(facts.max_context, facts.total_blocks * facts.block_size)
+            described.chat = self.model.prompts.chat
+            described.vocab_size = facts.vocab_size
+            described.quantization = facts.quantization
+            described.weight_bytes = facts.weight_bytes
+            described.kv_bytes = facts.kv_bytes
+        return described
