@@ -1,0 +1,151 @@
+"""Stand-ins for services: real processes that serve grpc.health, and an in-process router with scripted answers."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+
+from meshlm.chassis.calls import CallInterceptor, Gate
+from meshlm.chassis.errors import MeshError, Reason
+from meshlm.mesh.plan import MeshPlan, Part, ProcessPlan
+from meshlm.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
+
+# A service on the real chassis with nothing in it; it notes when it was told to end.
+_SERVICE = """
+import sys, time
+from pathlib import Path
+from meshlm.chassis import server
+from meshlm.chassis.config import ServerConfig
+
+name, listen, journal = sys.argv[1:4]
+
+class Nothing:
+    background_methods = frozenset()
+    def register(self, grpc_server): return []
+    async def start(self, life): pass
+    async def drain(self):
+        with Path(journal).open("a") as file: file.write(f"{name} drains\\n")
+    async def stop(self):
+        with Path(journal).open("a") as file: file.write(f"{name} ends\\n")
+
+Nothing.name = name
+server.main(name, lambda source: (Nothing(), ServerConfig(listen=listen), dict))
+"""
+
+
+def service(name: str, part: Part, folder: Path) -> ProcessPlan:
+    """A process that serves health, and writes into `folder/journal` when it drains and ends."""
+    address = f"unix:{folder / name}.sock"
+    command = (sys.executable, "-c", _SERVICE, name, address, str(folder / "journal"))
+    return ProcessPlan(name, part, command, {}, address)
+
+
+def failing(name: str, code: int) -> ProcessPlan:
+    """A process that says why and ends at once."""
+    script = f"import sys; print('no luck today', file=sys.stderr); sys.exit({code})"
+    return ProcessPlan(name, "guard", (sys.executable, "-S", "-c", script), {}, "unix:/nonexistent/socket")
+
+
+def plan(*processes: ProcessPlan) -> MeshPlan:
+    """A mesh of one stage, whose keys are someone else's matter."""
+    return MeshPlan([list(processes)], processes[-1].address, "")
+
+
+KEY = "mlm_right"
+WORDS = ("The ", "sea ", "is ", "deep", ".")
+
+
+class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
+    """Answers WORDS, a token each. The script's fields say what goes wrong."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.requests: list[inference_pb2.StreamGenerateRequest] = []
+        self.metadata: list[dict[str, str]] = []
+        self.breaks_after: list[int] = []  # for each coming stream: words after which its engine is lost
+        self.stalls_after: int | None = None  # words after which nothing more comes
+        self.cuts_the_end = False
+        self.refusal: MeshError | None = None
+        self.cancelled = asyncio.Event()
+        self._server = grpc.aio.server(interceptors=[CallInterceptor(Gate())])
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
+        self._server.add_insecure_port(target)
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(0.2)
+
+    def _admit(self, context: grpc.aio.ServicerContext) -> None:
+        self.metadata.append(dict(context.invocation_metadata() or ()))
+        if self.metadata[-1].get("authorization") != f"Bearer {KEY}":
+            raise MeshError(Reason.KEY_INVALID, "no such key")
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def StreamGenerate(
+        self, request: inference_pb2.StreamGenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[inference_pb2.StreamGenerateResponse]:
+        self._admit(context)
+        self.requests.append(request)
+        breaks_after = self.breaks_after.pop(0) if self.breaks_after else None
+        yield inference_pb2.StreamGenerateResponse(start=_start())
+        for i, word in enumerate(WORDS):
+            if i == breaks_after:
+                raise MeshError(Reason.ENGINE_LOST, "the engine ended", retry_after=0.01)
+            if i == self.stalls_after:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.cancelled.set()
+            if i < request.resume_from:
+                continue
+            chunk = generation_pb2.Chunk(token_offset=i, token_count=1, text=word)
+            if i == len(WORDS) - 1:
+                chunk.finish_reason, chunk.matched_stop = generation_pb2.FINISH_REASON_STOP, "<end>"
+            yield inference_pb2.StreamGenerateResponse(chunk=chunk, usage=_usage(i + 1))
+        if not self.cuts_the_end:
+            yield inference_pb2.StreamGenerateResponse(end=_end(), usage=_usage(len(WORDS)))
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.GenerateResponse:
+        self._admit(context)
+        choices = [
+            inference_pb2.Choice(index=i, text=text, finish_reason=generation_pb2.FINISH_REASON_LENGTH)
+            for i, text in ((1, "two"), (0, "one"))
+        ]
+        return inference_pb2.GenerateResponse(start=_start(), choices=choices, usage=_usage(2), end=_end())
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.ListModelsResponse:
+        self._admit(context)
+        model = inference_pb2.Model(name="scripted", revision="abc", max_context=64, ready_replicas=2, is_default=True)
+        return inference_pb2.ListModelsResponse(models=[model])
+
+    async def CountTokens(
+        self, request: inference_pb2.CountTokensRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.CountTokensResponse:
+        self._admit(context)
+        return inference_pb2.CountTokensResponse(prompt_tokens=len(request.input.prompt.split()), model=request.model)
+
+
+def _start() -> inference_pb2.StreamStart:
+    routing = inference_pb2.RoutingDecision(model="scripted", replica="one", reason="only_replica")
+    return inference_pb2.StreamStart(request_id="r-1", trace_id="0" * 32, routing=routing)
+
+
+def _end() -> inference_pb2.StreamEnd:
+    verdict = generation_pb2.Verdict(action=generation_pb2.Verdict.ACTION_ALLOW, policy_version="rules-1")
+    timing = generation_pb2.Timing(time_to_first_token=0.5)
+    return inference_pb2.StreamEnd(timing=timing, output_verdicts=[verdict], cost_micros=0)
+
+
+def _usage(tokens: int) -> generation_pb2.Usage:
+    return generation_pb2.Usage(prompt_tokens=7, completion_tokens=tokens)

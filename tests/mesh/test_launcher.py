@@ -1,0 +1,223 @@
+"""The launcher: with stand-ins for what goes wrong, with the real services and the fake engine for the whole."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from meshlm.chassis.config import ConfigError, Source
+from meshlm.mesh.config import MeshConfig
+from meshlm.mesh.launcher import GaveUp, LocalMesh, NotReady
+from meshlm.mesh.plan import MeshPlan, Planner, ProcessPlan
+from meshlm.mesh.process import Died, ProcessEvent, Ready
+from meshlm.mesh.state import MeshNotRunningError, StateFolder, StateFolderError
+from tests.mesh.fakes import failing, plan, service
+
+QUICK = MeshConfig(ready_seconds=60.0, stop_seconds=10.0)
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """A short path: pytest's own is too long for some unix sockets."""
+    with TemporaryDirectory(prefix="meshlm-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def folder(root: Path) -> Iterator[StateFolder]:
+    made = StateFolder(root / "state")
+    made.acquire()
+    yield made
+    made.release()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class TestPlan:
+    def planned(self, root: Path, text: str = "", **environ: str) -> MeshPlan:
+        file = root / "mesh.toml"
+        file.write_text(text)
+        source = Source.read(file, environ)
+        config = source.section("mesh", MeshConfig)
+        return Planner(source, config, StateFolder(root), config_path=file, environ=environ).plan("mlm_key")
+
+    def test_services_meet_at_each_others_addresses(self, root: Path) -> None:
+        made = {process.name: process for process in self.planned(root).processes}
+        router = made["router"].environment
+        assert router["MESHLM__ROUTER__WORKERS"] == f'["{made["worker"].address}"]'
+        assert router["MESHLM__ROUTER__GUARD"] == made["guard"].environment["MESHLM__GUARD__SERVER__LISTEN"]
+        assert router["MESHLM__ROUTER__CACHE"] == made["cache"].environment["MESHLM__CACHE__SERVER__LISTEN"]
+        assert made["cache"].environment["MESHLM__STATE__REDIS_URL"] == made["valkey"].address
+
+    def test_an_address_in_the_configuration_is_kept(self, root: Path) -> None:
+        made = self.planned(
+            root, '[router.server]\nlisten = "127.0.0.1:7001"\n', MESHLM__GUARD__SERVER__LISTEN="127.0.0.1:7002"
+        )
+        guard = next(process for process in made.processes if process.name == "guard")
+        assert (made.router, guard.address) == ("127.0.0.1:7001", "127.0.0.1:7002")
+
+    def test_a_redis_url_means_no_private_valkey(self, root: Path) -> None:
+        made = self.planned(root, '[state]\nredis_url = "redis://elsewhere"\n')
+        assert "valkey" not in {process.name for process in made.processes}
+        assert all("MESHLM__STATE__REDIS_URL" not in process.environment for process in made.processes)
+
+    def test_no_local_key_beside_configured_ones(self, root: Path) -> None:
+        keys = f'[[router.keys]]\nid = "a"\ntenant = "a"\nsecret_hash = "{"0" * 64}"\n'
+        assert self.planned(root, keys).key == ""
+        assert self.planned(root).key == "mlm_key"
+
+    def test_each_worker_has_its_own_name_address_and_overrides(self, root: Path) -> None:
+        made = self.planned(
+            root,
+            '[worker]\nengine = "fake"\n[[mesh.workers]]\nname = "one"\n'
+            '[[mesh.workers]]\nname = "two"\noverrides = { "fake.block_size" = "32" }\n',
+        )
+        one, two = (process for process in made.processes if process.part == "worker")
+        assert one.address != two.address
+        assert two.environment["MESHLM__WORKER__NAME"] == "two"
+        assert two.environment["MESHLM__WORKER__FAKE__BLOCK_SIZE"] == "32"
+        assert "MESHLM__WORKER__FAKE__BLOCK_SIZE" not in one.environment
+        assert not made.needs_model
+
+    def test_a_guard_switched_off_is_not_started(self, root: Path) -> None:
+        made = self.planned(root, '[router]\nguard = ""\n')
+        assert "guard" not in {process.name for process in made.processes}
+
+    def test_admin_ports_do_not_collide(self, root: Path) -> None:
+        made = self.planned(root, "[mesh]\nadmin_from = 9100\n")
+        ports = [process.admin for process in made.processes if process.part != "valkey"]
+        assert sorted(ports) == [f"127.0.0.1:{9100 + i}" for i in range(4)]
+
+    def test_two_workers_of_one_name_are_refused(self, root: Path) -> None:
+        with pytest.raises(ConfigError, match=r"mesh: two workers have the same name"):
+            self.planned(root, '[[mesh.workers]]\nname = "a"\n[[mesh.workers]]\nname = "a"\n')
+
+    def test_a_folder_too_deep_for_sockets_is_refused_with_the_way_out(self, root: Path) -> None:
+        deep = root / ("d" * 100)
+        with pytest.raises(StateFolderError, match="--state-dir"):
+            Planner(Source.read(None, {}), MeshConfig(), StateFolder(deep), environ={}).plan("")
+
+
+class TestStateFolder:
+    def test_a_second_mesh_on_the_same_folder_is_told_who_holds_it(self, folder: StateFolder) -> None:
+        with pytest.raises(StateFolderError, match=rf"already runs .*pid {os.getpid()}\)"):
+            StateFolder(folder.root).acquire()
+
+    def test_a_released_folder_can_be_had_again(self, root: Path) -> None:
+        first, second = StateFolder(root), StateFolder(root)
+        first.acquire()
+        first.release()
+        second.acquire()
+        second.release()
+
+    def test_the_key_is_for_its_owner_alone_and_stays_the_same(self, folder: StateFolder) -> None:
+        key = folder.key()
+        assert key == folder.key()
+        assert len(key) > 40
+        assert stat.S_IMODE(folder.key_file.stat().st_mode) == 0o600
+        assert stat.S_IMODE(folder.root.stat().st_mode) == 0o700
+
+    def test_what_a_dead_launcher_left_is_no_running_mesh(self, root: Path) -> None:
+        (root / "mesh.json").write_text("{}")
+        (root / "lock").write_text("1\n")
+        with pytest.raises(MeshNotRunningError, match="no mesh runs"):
+            StateFolder(root).running()
+
+
+@pytest.mark.mesh
+class TestProcesses:
+    async def test_they_end_in_the_order_of_their_calls(self, root: Path, folder: StateFolder) -> None:
+        parts = ("cache", "guard", "worker", "router")
+        async with LocalMesh(plan(*(service(part, part, root) for part in parts)), folder, QUICK) as mesh:
+            pids = [mesh.pid(part) for part in parts]
+            assert {s.name for s in folder.running().services} == set(parts)
+        journal = (root / "journal").read_text().split("\n")[:-1]
+        assert journal == [
+            f"{part} {what}" for part in ("router", "worker", "guard", "cache") for what in ("drains", "ends")
+        ]
+        assert not any(alive(pid) for pid in pids)
+
+    async def test_a_killed_service_is_started_again_and_told_of(self, root: Path, folder: StateFolder) -> None:
+        events: list[ProcessEvent] = []
+        async with LocalMesh(plan(service("guard", "guard", root)), folder, QUICK, tell=events.append) as mesh:
+            first = mesh.pid("guard")
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: sum(isinstance(event, Ready) for event in events) == 2)
+            assert mesh.pid("guard") != first
+            assert folder.running().services[0].pid == mesh.pid("guard")
+        (died,) = [event for event in events if isinstance(event, Died)]
+        assert (died.name, died.why) == ("guard", "killed by SIGKILL")
+
+    async def test_a_service_that_cannot_live_ends_the_mesh_with_its_last_words(self, folder: StateFolder) -> None:
+        deaths: list[ProcessEvent] = []
+        with pytest.raises(GaveUp, match=r"(?s)guard died 5 times in a minute, at last: exit code 3.*no luck today"):
+            await LocalMesh(plan(failing("guard", 3)), folder, QUICK, tell=deaths.append).start()
+        assert sum(isinstance(event, Died) for event in deaths) == 4
+
+    async def test_a_configuration_error_is_not_tried_again(self, folder: StateFolder) -> None:
+        events: list[ProcessEvent] = []
+        with pytest.raises(GaveUp, match=r"(?s)cannot use its configuration.*no luck today"):
+            await LocalMesh(plan(failing("guard", 2)), folder, QUICK, tell=events.append).start()
+        assert not any(isinstance(event, Died) for event in events)
+
+    async def test_a_service_that_never_serves_is_named_and_nothing_is_left(
+        self, root: Path, folder: StateFolder
+    ) -> None:
+        sleeper = ProcessPlan(
+            "worker", "worker", (sys.executable, "-S", "-c", "import time; time.sleep(60)"), {}, f"unix:{root}/no"
+        )
+        mesh = LocalMesh(plan(sleeper), folder, MeshConfig(ready_seconds=1.0, stop_seconds=5.0))
+        with pytest.raises(NotReady, match="worker"):
+            await mesh.start()
+        assert not alive(mesh.pid("worker"))
+
+    async def test_a_service_deaf_to_sigterm_is_killed(self, root: Path, folder: StateFolder) -> None:
+        real = service("guard", "guard", root)
+        deaf = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+        command = (*real.command[:2], deaf + real.command[2], *real.command[3:])
+        stubborn = ProcessPlan("guard", "guard", command, {}, real.address)
+        config = MeshConfig(ready_seconds=60.0, stop_seconds=0.3)
+        async with LocalMesh(plan(stubborn), folder, config) as mesh:
+            pid = mesh.pid("guard")
+        assert not alive(pid)
+
+    async def test_nothing_outlives_a_launcher_that_is_killed(self, root: Path) -> None:
+        script = (
+            "import asyncio, sys\nfrom pathlib import Path\n"
+            "from meshlm.mesh.launcher import LocalMesh\nfrom meshlm.mesh.state import StateFolder\n"
+            "from tests.mesh.fakes import plan, service\nfrom tests.mesh.test_launcher import QUICK\n"
+            "async def main():\n"
+            "    folder = StateFolder(Path(sys.argv[1]) / 'state'); folder.acquire()\n"
+            "    async with LocalMesh(plan(service('guard', 'guard', Path(sys.argv[1]))), folder, QUICK) as mesh:\n"
+            "        print(mesh.pid('guard'), flush=True); await mesh.wait()\n"
+            "asyncio.run(main())\n"
+        )
+        launcher = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", script, str(root), stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+        )
+        assert launcher.stdout is not None
+        child = int(await launcher.stdout.readline())
+        assert alive(child)
+        launcher.kill()
+        await launcher.wait()
+        await until(lambda: not alive(child))
