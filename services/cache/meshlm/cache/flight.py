@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from meshlm.cache.key import Key
-from meshlm.cache.store import Found, Store, StoreUnavailable
+from meshlm.cache.store import Found, Store, StoreLostError
 from meshlm.v1 import cache_pb2
 
 # Flights end in this process (a wake-up) or in another (seen by asking again): seconds between two questions.
@@ -37,7 +37,7 @@ class Landing:
 
 
 class Flights:
-    """Lookups that wait for each other. Raises StoreUnavailable where the store does."""
+    """Lookups that wait for each other. Raises StoreLostError where the store does."""
 
     def __init__(self, store: Store, *, lease_seconds: float, ttl_seconds: float) -> None:
         self._store = store
@@ -85,7 +85,7 @@ class Flights:
         """Release a flight whose holder is gone, in the background. If that fails too, its lease ends it."""
 
         async def release() -> None:
-            with suppress(StoreUnavailable):
+            with suppress(StoreLostError):
                 await self.release(key, flight)
 
         self._keep(asyncio.create_task(release()))
@@ -104,7 +104,7 @@ class Flights:
             raise
 
     async def _undo(self, key: Key, flight: str, asked: asyncio.Future[Found]) -> None:
-        with suppress(StoreUnavailable):
+        with suppress(StoreLostError):
             if (await asked).lead:
                 await self.release(key, flight)
 

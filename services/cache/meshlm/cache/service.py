@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import grpc
+from opentelemetry import trace
+
 from meshlm.cache.config import CacheConfig
 from meshlm.cache.flight import Flights, Landing, Outcome
 from meshlm.cache.key import Key, derive
-from meshlm.cache.store import Store, StoreUnavailable
+from meshlm.cache.store import Store, StoreLostError
 from meshlm.chassis import telemetry
 from meshlm.chassis.calls import seconds_left
 from meshlm.chassis.config import StateConfig
@@ -18,7 +21,6 @@ from meshlm.chassis.errors import invalid
 from meshlm.chassis.server import Life
 from meshlm.chassis.telemetry import Name
 from meshlm.v1 import cache_pb2, cache_pb2_grpc
-from opentelemetry import trace
 
 # Left of the caller's deadline when a wait gives up, seconds: an answer that says TIMEOUT must still arrive.
 _MARGIN = 0.05
@@ -53,7 +55,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         """Serves with or without Redis: without it, everything is a miss."""
         try:
             await self._store.ping()
-        except StoreUnavailable:
+        except StoreLostError:
             return
 
     async def drain(self) -> None:
@@ -95,7 +97,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             else:
                 stored = await self._flights.land(key, flight, answer)
             result = "stored" if stored else "too_large" if too_large else "expired"
-        except StoreUnavailable:
+        except StoreLostError:
             stored, result = False, "unavailable"
         self._stores.add(1, {Name.CACHE_OUTCOME: result})
         return cache_pb2.StoreResponse(stored=stored)
@@ -104,10 +106,8 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         self, request: cache_pb2.ReleaseRequest, context: grpc.aio.ServicerContext
     ) -> cache_pb2.ReleaseResponse:
         key, flight = _flight(request.key, request.flight)
-        try:
+        with suppress(StoreLostError):  # without the store, its lease ends the flight
             await self._flights.release(key, flight)
-        except StoreUnavailable:
-            pass  # its lease ends the flight
         return cache_pb2.ReleaseResponse()
 
     async def _look_up(self, key: Key, wait: float, *, refresh: bool) -> Landing | None:
@@ -116,7 +116,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             return None
         try:
             return await self._flights.look_up(key, wait=wait, refresh=refresh)
-        except StoreUnavailable:
+        except StoreLostError:
             return None
 
     def _wait(self, asked: float, left: float | None) -> float:

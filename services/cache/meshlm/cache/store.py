@@ -11,15 +11,16 @@ from typing import Any, cast
 
 import structlog
 from google.protobuf.message import DecodeError
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
 from meshlm.cache.key import Key
 from meshlm.chassis import telemetry
 from meshlm.chassis.config import StateConfig
 from meshlm.chassis.telemetry import Name
 from meshlm.v1 import cache_pb2
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 log = structlog.get_logger()
 
@@ -52,7 +53,7 @@ return redis.call("DEL", KEYS[1])
 _MAGIC = b"a1"  # before each stored answer, then its CRC-32
 
 
-class StoreUnavailable(Exception):
+class StoreLostError(Exception):
     """Redis is down or slow."""
 
 
@@ -65,7 +66,7 @@ class Found:
 
 
 class Store:
-    """The store. Every method raises StoreUnavailable within the state timeout where Redis cannot be had."""
+    """The store. Every method raises StoreLostError within the state timeout where Redis cannot be had."""
 
     def __init__(self, state: StateConfig, retry_seconds: float) -> None:
         self._timeout = state.timeout_seconds
@@ -76,7 +77,9 @@ class Store:
         self._store = self._redis.register_script(_STORE)
         self._release = self._redis.register_script(_RELEASE)
         self._failed_at: float | None = None
-        self._failures = telemetry.meter().create_counter(Name.CACHE_STATE_FAILURES, "1", "Commands to Redis that failed")
+        self._failures = telemetry.meter().create_counter(
+            Name.CACHE_STATE_FAILURES, "1", "Commands to Redis that failed"
+        )
 
     @property
     def resting(self) -> bool:
@@ -126,7 +129,7 @@ class Store:
             if self._failed_at is None:
                 log.warning("the store is lost: lookups are misses", error=type(error).__name__)
             self._failed_at = time.monotonic()
-            raise StoreUnavailable from None
+            raise StoreLostError from None
         if self._failed_at is not None:
             log.info("the store is back")
             self._failed_at = None

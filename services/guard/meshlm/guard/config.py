@@ -1,0 +1,63 @@
+"""The guard's configuration (`guard`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from meshlm.chassis.config import ServerConfig
+
+Act = Literal["allow", "flag", "block"]
+DEFAULT_POLICY = "default"
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What is looked for, and what follows (`guard.policies.<name>`)."""
+
+    # Detectors that read the input.
+    input_detectors: tuple[Literal["signatures"], ...] = ("signatures",)
+    # Detectors that read the output.
+    output_detectors: tuple[Literal["secrets", "pii"], ...] = ("secrets", "pii")
+    # Roles whose messages are the caller's own words, and are not judged. All others are.
+    trusted_roles: tuple[str, ...] = ("system", "developer", "assistant")
+    # Combined score of the input from which it is flagged. Range (0, 1].
+    flag_score: float = 0.4
+    # Combined score of the input from which it is refused. Range (0, 1].
+    block_score: float = 0.8
+    # What follows from a category (`pii.us_ssn`) or a family of them (`pii`), where it differs from the built-in
+    # choice. `allow` turns it off. On input it is the most that may follow, whatever the score.
+    actions: Mapping[str, Act] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.flag_score <= self.block_score <= 1:
+            raise ValueError("expected 0 < flag_score <= block_score <= 1")
+
+    def action(self, category: str, default: Act) -> Act:
+        """What follows from a category: its own entry, else its family's, else `default`."""
+        family = category.partition(".")[0]
+        return self.actions.get(category, self.actions.get(family, default))
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What the guard accepts, and its policies."""
+
+    # Where the service listens.
+    server: ServerConfig = field(default_factory=lambda: ServerConfig(listen="127.0.0.1:50071"))
+    # Policies by name. `default` is used where a request names none; it exists even if it is not written.
+    policies: Mapping[str, PolicyConfig] = field(default_factory=dict)
+    # Longest input, characters over all messages.
+    max_input_chars: int = 500_000
+    # Longest answer of one choice, characters.
+    max_output_chars: int = 4_000_000
+    # Most choices of one output check.
+    max_choices: int = 8
+    # Texts longer than this are judged in a thread, so that other streams go on. Characters.
+    inline_chars: int = 4_096
+
+    def __post_init__(self) -> None:
+        for name in ("max_input_chars", "max_output_chars", "max_choices", "inline_chars"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0")

@@ -1,0 +1,84 @@
+"""Text inside text: base64, hex, percent and backslash escapes, and Unicode tags, unwrapped once.
+
+What comes out counts only if it is readable UTF-8. Runs are found by possessive patterns, in linear time.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from urllib.parse import unquote_plus
+
+import regex
+
+
+@dataclass(frozen=True)
+class Unwrapped:
+    """A payload, and the range of the original that carries it."""
+
+    form: str
+    text: str
+    start: int
+    end: int
+
+
+def unwrap(text: str) -> Iterator[Unwrapped]:
+    """All readable payloads, in no particular order; each is about as long as its carrier at most."""
+    for form, pattern, decode in _WRAPPINGS:
+        for match in pattern.finditer(text):
+            payload = decode(match.group())
+            if payload is not None and _readable(payload):
+                yield Unwrapped(form, payload, match.start(), match.end())
+
+
+def _base64(run: str) -> str | None:
+    data = run.rstrip("=").replace("-", "+").replace("_", "/")
+    if len(data) % 4 == 1:
+        data = data[:-1]
+    return _utf8(lambda: base64.b64decode(data + "=" * (-len(data) % 4)))
+
+
+def _hex(run: str) -> str | None:
+    digits = regex.sub(r"0x|\\x|[^0-9a-fA-F]", "", run)
+    return _utf8(lambda: bytes.fromhex(digits[: len(digits) // 2 * 2]))
+
+
+def _utf8(decode: Callable[[], bytes]) -> str | None:
+    try:
+        return decode().decode("utf-8")
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _escapes(run: str) -> str:
+    return "".join(chr(int(digits, 16)) for digits in regex.findall(r"\\u([0-9a-fA-F]{4})", run))
+
+
+def _percent(run: str) -> str | None:
+    return unquote_plus(run) if run.count("%") >= 2 else None
+
+
+def _tags(run: str) -> str:
+    return "".join(chr(ord(char) - 0xE0000) for char in run)
+
+
+def _readable(text: str) -> bool:
+    """Whether at least nine in ten characters print, and some are letters."""
+    if len(text) < 8:
+        return False
+    printing = sum(char.isprintable() or char in "\n\r\t" for char in text)
+    return printing * 10 >= len(text) * 9 and any(char.isalpha() for char in text)
+
+
+_WRAPPINGS: list[tuple[str, regex.Pattern[str], Callable[[str], str | None]]] = [
+    ("base64", regex.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{16,}+={0,2}"), _base64),
+    ("hex", regex.compile(r"(?<![0-9a-zA-Z])(?:0x)?(?:[0-9a-fA-F]{2}){8,}+"), _hex),
+    ("hex", regex.compile(r"(?<![0-9a-zA-Z])(?:0x)?[0-9a-fA-F]{2}(?:[ :,-]{1,2}+(?:0x)?[0-9a-fA-F]{2}){7,}+"), _hex),
+    ("hex", regex.compile(r"(?:\\x[0-9a-fA-F]{2}){4,}+"), _hex),
+    ("escapes", regex.compile(r"(?:\\u[0-9a-fA-F]{4}){4,}+"), _escapes),
+    ("percent", regex.compile(r"(?<!\S)[^\s%]{0,400}+(?:%[0-9a-fA-F]{2}[^\s%]{0,400}+){2,}+"), _percent),
+    # A flag's subdivision is spelled with tags too, behind a black flag.
+    ("tags", regex.compile(r"(?<!\U0001f3f4)[\U000e0020-\U000e007e]{4,}+"), _tags),
+]

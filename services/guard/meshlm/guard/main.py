@@ -1,0 +1,21 @@
+"""`python -m meshlm.guard.main`: the guard's process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from meshlm.chassis import server
+from meshlm.chassis.config import ServerConfig, Source, masked
+from meshlm.guard.config import GuardConfig
+from meshlm.guard.service import GuardService
+
+
+def build(source: Source) -> tuple[GuardService, ServerConfig, Callable[[], dict[str, Any]]]:
+    """Raises ConfigError."""
+    config = source.section("guard", GuardConfig)
+    return GuardService(config), config.server, lambda: {"guard": masked(config)}
+
+
+if __name__ == "__main__":
+    server.main("guard", build)

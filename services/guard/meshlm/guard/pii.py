@@ -1,0 +1,64 @@
+"""Personal data in answers: numbers with check digits stop an answer, addresses are only told.
+
+Check digits, country formats and the numbers that were never issued come from python-stdnum.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from stdnum import iban, luhn, numdb
+from stdnum.us import ssn
+
+from meshlm.guard.patterns import Pattern
+
+VERSION = "pii/1"
+
+
+def _is_card(text: str) -> bool:
+    digits = "".join(c for c in text if c.isdigit())
+    return len(set(digits)) > 2 and luhn.is_valid(digits)
+
+
+def _iban_pattern() -> str:
+    """One alternative for each length: a number's country decides where it ends, spaces or not."""
+    by_length: defaultdict[int, list[str]] = defaultdict(list)
+    for _, country, _, properties, _ in numdb.get("iban").prefixes:
+        if bban := properties.get("bban"):
+            parts = bban.replace("!n", " ").replace("!a", " ").replace("!c", " ").split()
+            by_length[sum(map(int, parts))].append(country)
+    alternatives = (
+        rf"(?:{'|'.join(sorted(countries))})[0-9]{{2}}(?: ?[A-Z0-9]){{{length}}}"
+        for length, countries in sorted(by_length.items())
+    )
+    return rf"(?<![A-Za-z0-9])(?:{'|'.join(alternatives)})"
+
+
+# Only digits, or the groups that are printed on a card; the first digit is that of a payment network.
+_CARDS = (
+    r"(?<![0-9.,-])[2-6][0-9]{12,18}",
+    r"(?<![0-9])[2-6][0-9]{3} [0-9]{4} [0-9]{4} [0-9]{4}",
+    r"(?<![0-9])[2-6][0-9]{3}-[0-9]{4}-[0-9]{4}-[0-9]{4}",
+    r"(?<![0-9])3[47][0-9]{2}[ -][0-9]{6}[ -][0-9]{5}",
+)
+
+PATTERNS = (
+    *(Pattern("pii.credit_card", body, r"[^0-9]", check=_is_card) for body in _CARDS),
+    Pattern("pii.us_ssn", r"(?<![0-9-])[0-9]{3}-[0-9]{2}-[0-9]{4}", r"[^0-9-]", score=0.85, check=ssn.is_valid),
+    Pattern("pii.iban", _iban_pattern(), r"[^A-Za-z0-9]", check=iban.is_valid),
+    Pattern(
+        "pii.email",
+        r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}",
+        r"[^A-Za-z0-9-]",
+        score=0.9,
+        act="flag",
+    ),
+    Pattern("pii.phone", r"(?<![A-Za-z0-9+])\+[1-9](?:[ ().-]{0,2}[0-9]){7,14}", r"[^0-9]", score=0.7, act="flag"),
+    Pattern(
+        "pii.phone",
+        r"(?<![A-Za-z0-9])\(?[2-9][0-9]{2}\)?[ .-][2-9][0-9]{2}[.-][0-9]{4}",
+        r"[^0-9-]",
+        score=0.7,
+        act="flag",
+    ),
+)
