@@ -1,0 +1,340 @@
+"""The worker as a process: `python -m meshlm.worker.main` with the fake engine, over gRPC on a unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshlm.chassis.channels import open_channel
+from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
+from meshlm.v1 import generation_pb2 as pb
+from meshlm.v1 import worker_pb2, worker_pb2_grpc
+from meshlm.worker.fake import CRASH, HANG, KILL, OUT_OF_MEMORY, expected_tokens
+from meshlm.worker.messages import Sampling
+
+pytestmark = pytest.mark.mesh
+
+STARTING_SECONDS = 60
+METHODS = ["RunGeneration", "CountInputTokens", "WatchLoad"]
+
+
+class Worker:
+    """A running worker and a channel to it."""
+
+    def __init__(self, folder: Path, **config: object) -> None:
+        self.address = f"unix:{folder}/worker"
+        said = {"engine": "fake", "server__listen": self.address, "server__admin_listen": ""} | config
+        variables = {f"MESHLM__WORKER__{key}".upper(): str(value) for key, value in said.items()}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "meshlm.worker.main"],
+            env={**os.environ, **variables, "MESHLM__TELEMETRY__LOG_LEVEL": "error"},
+        )
+        self.channel = open_channel(self.address)
+        self.stub: Any = worker_pb2_grpc.WorkerServiceStub(self.channel)
+        self.health: Any = health_pb2_grpc.HealthStub(self.channel)
+
+    def call(self, prompt: str = "hello", timeout: float | None = 30, **sampling: Any) -> Any:
+        drawn = pb.Sampling(**{"temperature": 0, "max_tokens": 6} | sampling)
+        generation = pb.Generation(input=pb.Input(prompt=prompt), sampling=drawn, return_token_ids=True)
+        return self.stub.RunGeneration(worker_pb2.RunGenerationRequest(generation=generation), timeout=timeout)
+
+    async def state(self) -> worker_pb2.WatchLoadResponse:
+        watch = self.stub.WatchLoad(worker_pb2.WatchLoadRequest(watcher="test"), wait_for_ready=True)
+        state: worker_pb2.WatchLoadResponse = await watch.read()
+        watch.cancel()
+        return state
+
+    async def until(self, condition: Callable[[worker_pb2.WatchLoadResponse], bool], seconds: float = 20.0) -> None:
+        async with asyncio.timeout(seconds):
+            while not condition(await self.state()):
+                await asyncio.sleep(0.02)
+
+    async def serving(self) -> bool:
+        answer = await self.health.Check(health_pb2.HealthCheckRequest(service="meshlm.v1.WorkerService"))
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def end(self) -> int:
+        self.process.terminate()
+        return await asyncio.to_thread(self.process.wait, 30)
+
+
+@asynccontextmanager
+async def running(**config: object) -> AsyncIterator[Worker]:
+    with tempfile.TemporaryDirectory(prefix="meshlm-") as folder:
+        worker = Worker(Path(folder), **config)
+        try:
+            await worker.until(lambda state: state.ready, STARTING_SECONDS)
+            yield worker
+        finally:
+            await worker.channel.close()
+            worker.process.kill()
+            worker.process.wait()
+
+
+async def collect(call: Any) -> list[worker_pb2.RunGenerationResponse]:
+    return [response async for response in call]
+
+
+def answer(responses: list[worker_pb2.RunGenerationResponse]) -> list[int]:
+    return [token for response in responses for token in response.chunk.token_ids]
+
+
+def expected(prompt: str, count: int) -> list[int]:
+    return expected_tokens(list(prompt.encode()), Sampling(temperature=0), count)
+
+
+async def error_of(awaitable: Any) -> MeshError:
+    with pytest.raises(grpc.RpcError) as caught:
+        await awaitable
+    return from_rpc_error(caught.value)
+
+
+async def test_sigterm_lets_streams_end_refuses_new_calls_and_exits_with_zero() -> None:
+    async with running(fake__step_seconds=0.02) as worker:
+        streams = [asyncio.create_task(collect(worker.call(f"p{i}", max_tokens=60))) for i in range(4)]
+        watch = worker.stub.WatchLoad(worker_pb2.WatchLoadRequest())
+        await worker.until(lambda state: state.running == 4)
+        worker.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(10):
+            while not (await watch.read()).draining:
+                pass
+        refused = await error_of(collect(worker.call()))
+        assert refused.reason is Reason.DRAINING
+        for i, stream in enumerate(streams):
+            assert answer(await stream) == expected(f"p{i}", 60)
+        assert await asyncio.to_thread(worker.process.wait, 20) == 0
+
+
+async def test_kill_minus_nine_of_the_engine_is_typed_and_health_goes_down_and_comes_back() -> None:
+    async with running(fake__step_seconds=0.01) as worker:
+        bystander = asyncio.create_task(collect(worker.call("bystander", max_tokens=1000)))
+        await worker.until(lambda state: state.running == 1)
+        lost = await error_of(collect(worker.call(KILL.decode())))
+        assert (lost.reason, lost.retry_after) == (Reason.ENGINE_LOST, 1.0)
+        assert (await error_of(bystander)).reason is Reason.ENGINE_LOST
+        assert not await worker.serving()
+        await worker.until(lambda state: state.ready and state.counters.engine_starts == 2)
+        assert await worker.serving()
+        assert answer(await collect(worker.call())) == expected("hello", 6)
+
+
+async def test_a_crash_tells_the_client_nothing_of_the_exception() -> None:
+    async with running() as worker:
+        crashed = await error_of(collect(worker.call(CRASH.decode())))
+        assert crashed.reason is Reason.ENGINE_LOST
+        assert "told to crash" not in crashed.message
+
+
+async def test_a_hanging_engine_is_replaced() -> None:
+    async with running(hang_seconds=2.0) as worker:
+        hung = await error_of(collect(worker.call(HANG.decode())))
+        assert hung.reason is Reason.ENGINE_LOST
+        await worker.until(lambda state: state.ready and state.counters.engine_starts == 2)
+
+
+async def test_two_hundred_cancelled_calls_leave_no_block_in_use() -> None:
+    async with running(fake__step_seconds=0.002) as worker:
+
+        async def leave(i: int) -> None:
+            call = worker.call(f"prompt {i}", max_tokens=1000)
+            await call.read()
+            await call.read()
+            call.cancel()
+
+        await asyncio.gather(*(leave(i) for i in range(200)))
+        await worker.until(lambda state: state.counters.cancelled == 200)
+        state = await worker.state()
+        assert (state.running, state.waiting) == (0, 0)
+        assert state.free_blocks == state.total_blocks
+        assert state.counters.blocks_freed_after_cancel >= 200
+
+
+async def test_a_deadline_ends_the_sequence_in_the_engine() -> None:
+    async with running(fake__step_seconds=0.01) as worker:
+        late = await error_of(collect(worker.call(max_tokens=1000, timeout=0.5)))
+        assert late.reason is Reason.DEADLINE
+        await worker.until(lambda state: state.counters.cancelled == 1 and state.free_blocks == state.total_blocks)
+
+
+async def test_out_of_memory_ends_one_call_and_the_worker_lives() -> None:
+    async with running() as worker:
+        assert (await error_of(collect(worker.call(OUT_OF_MEMORY.decode())))).reason is Reason.OUT_OF_MEMORY
+        assert answer(await collect(worker.call())) == expected("hello", 6)
+        assert (await worker.state()).counters.engine_starts == 1
+
+
+async def test_a_slow_reader_holds_up_nobody_and_gets_every_token() -> None:
+    async with running(fake__step_seconds=0.001) as worker:
+        slow = worker.call("slow", max_tokens=1500)
+        await slow.read()
+        began = time.monotonic()
+        assert answer(await collect(worker.call("quick", max_tokens=50))) == expected("quick", 50)
+        assert time.monotonic() - began < 10
+        await worker.until(lambda state: state.running == 0)  # the whole answer is made, and waits for its reader
+        late = []
+        while (response := await slow.read()) is not grpc.aio.EOF:
+            late.append(response)
+        assert answer(late) == expected("slow", 1500)
+
+
+async def test_what_cannot_work_is_refused_with_the_field_named() -> None:
+    async with running(fake__max_context=64, fake__total_blocks=8) as worker:
+
+        async def refused(**fields: Any) -> MeshError:
+            sampling = pb.Sampling(**fields.pop("sampling", {}))
+            generation = pb.Generation(
+                **{"input": pb.Input(prompt="hello"), "sampling": sampling} | fields.pop("generation", {})
+            )
+            call = worker.stub.RunGeneration(worker_pb2.RunGenerationRequest(generation=generation, **fields))
+            return await error_of(collect(call))
+
+        fields = {
+            "generation.input": await refused(generation={"input": pb.Input()}),
+            "generation.input.token_ids": await refused(
+                generation={"input": pb.Input(token_ids=pb.TokenIds(ids=[257]))}
+            ),
+            "generation.sampling.top_p": await refused(sampling={"top_p": float("nan")}),
+            "generation.sampling.logit_bias": await refused(sampling={"logit_bias": {257: 1.0}}),
+            "generation.sampling.stop_token_ids": await refused(sampling={"stop_token_ids": [300]}),
+            "generated": await refused(generated=[257]),
+            "resume_from": await refused(resume_from=1, sampling={"n": 2}),
+        }
+        for name, error in fields.items():
+            assert (error.reason, error.metadata["field"]) == (Reason.REQUEST_INVALID, name)
+        too_long = await refused(generation={"input": pb.Input(prompt="x" * 64)})
+        assert (too_long.reason, too_long.metadata["prompt_tokens"]) == (Reason.CONTEXT_TOO_LONG, "64")
+        assert (await refused(generation={"model": "other"})).reason is Reason.MODEL_UNKNOWN
+        assert (await refused(generation={"adapter": "other"})).reason is Reason.MODEL_UNKNOWN
+        fitted = await collect(worker.call("x" * 60, max_tokens=100))
+        assert fitted[0].accepted.max_tokens == 4
+        assert answer(fitted) == expected("x" * 60, 4)
+
+
+async def test_inputs_are_counted_as_they_will_be_computed() -> None:
+    async with running() as worker:
+        chat = pb.Input(chat=pb.Chat(messages=[pb.Message(role="user", content="hi <|end|>")]))
+        counted = await worker.stub.CountInputTokens(worker_pb2.CountInputTokensRequest(input=chat))
+        # "<user>" 6, "hi " 3, "<|end|>" as text 7, the template's own end 1, "<assistant>" 11
+        assert counted.prompt_tokens == 28
+        call = worker.stub.RunGeneration(
+            worker_pb2.RunGenerationRequest(generation=pb.Generation(input=chat, sampling=pb.Sampling(max_tokens=1)))
+        )
+        assert (await collect(call))[0].accepted.prompt_tokens == 28
+        ids = pb.Input(token_ids=pb.TokenIds(ids=[*b"abc", 256]))
+        counted = await worker.stub.CountInputTokens(worker_pb2.CountInputTokensRequest(input=ids))
+        assert (counted.prompt_tokens, counted.token_text) == (4, "abc<|end|>")
+
+
+async def test_the_engine_is_gone_when_the_worker_was_killed() -> None:
+    async with running() as worker:
+        children = _children(worker.process.pid)
+        assert len(children) == 1
+        worker.process.kill()
+        worker.process.wait()
+        async with asyncio.timeout(20):
+            while _alive(children[0]):
+                await asyncio.sleep(0.01)
+
+
+async def outcome(worker: Worker, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
+    """How a call with these bytes ends."""
+    unary = method == "CountInputTokens"
+    make = worker.channel.unary_unary if unary else worker.channel.unary_stream
+    call = make(f"/meshlm.v1.WorkerService/{method}")(data, timeout=20)
+    try:
+        if method == "WatchLoad":
+            await call.read()
+            call.cancel()
+        else:
+            await (call if unary else collect(call))
+    except grpc.RpcError as error:
+        return error.code(), error.details() or ""
+    return grpc.StatusCode.OK, ""
+
+
+def test_malformed_messages_get_a_typed_error_and_the_worker_lives() -> None:
+    codes = grpc.StatusCode
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.one_of(st.binary(max_size=200), requests()), st.sampled_from(METHODS))
+    def attack(data: bytes, method: str) -> None:
+        code, details = loop.run_until_complete(outcome(worker, method, data))
+        # Bytes that are no message never reach our code: gRPC itself answers them.
+        undecodable = code is codes.INTERNAL and "deserializing" in details
+        assert code in (codes.OK, codes.INVALID_ARGUMENT, codes.NOT_FOUND) or undecodable
+
+    async def afterwards() -> None:
+        assert answer(await collect(worker.call())) == expected("hello", 6)
+        assert (await worker.state()).counters.engine_starts == 1
+        assert (await error_of(collect(worker.call("x" * (5 * 1024 * 1024))))).reason is Reason.REQUEST_INVALID
+        assert await worker.end() == 0
+
+    loop = asyncio.new_event_loop()
+    manager = running(fake__max_context=64, fake__total_blocks=64)
+    worker = loop.run_until_complete(manager.__aenter__())
+    try:
+        attack()
+        loop.run_until_complete(afterwards())
+    finally:
+        loop.run_until_complete(manager.__aexit__(None, None, None))
+        loop.close()
+
+
+def requests() -> st.SearchStrategy[bytes]:
+    """Well-formed messages with wild values."""
+    numbers = st.one_of(st.floats(width=32), st.sampled_from([0.0, 1.0, -1.0]))
+    words = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
+    sampling = st.fixed_dictionaries(
+        {"max_tokens": st.integers(0, 8)},
+        optional={
+            **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"), numbers),
+            **dict.fromkeys(("top_k", "min_tokens", "logprobs", "n"), words),
+            "seed": st.integers(0, 2**64 - 1),
+            "stop": st.lists(st.text(max_size=4), max_size=3),
+            "stop_token_ids": st.lists(words, max_size=3),
+            "logit_bias": st.dictionaries(words, numbers, max_size=3),
+        },
+    ).map(lambda fields: pb.Sampling(**fields))
+    inputs: st.SearchStrategy[Message] = st.one_of(
+        st.text(max_size=80).map(lambda text: pb.Input(prompt=text)),
+        st.lists(words, max_size=5).map(lambda ids: pb.Input(token_ids=pb.TokenIds(ids=ids))),
+        st.lists(st.tuples(st.sampled_from(["user", "assistant", "x", ""]), st.text(max_size=20)), max_size=3).map(
+            lambda turns: pb.Input(chat=pb.Chat(messages=[pb.Message(role=r, content=c) for r, c in turns]))
+        ),
+    )
+    return st.builds(
+        lambda source, drawn, generated, resume: worker_pb2.RunGenerationRequest(
+            generation=pb.Generation(input=source, sampling=drawn), generated=generated, resume_from=resume
+        ).SerializeToString(),
+        inputs,
+        sampling,
+        st.lists(words, max_size=3),
+        words,
+    )
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
