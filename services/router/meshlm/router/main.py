@@ -9,11 +9,11 @@ from typing import Any
 
 import grpc
 import structlog
-from redis.asyncio import Redis
 
 from meshlm.chassis import server
 from meshlm.chassis.config import ServerConfig, Source, StateConfig, masked
 from meshlm.chassis.server import Life
+from meshlm.chassis.state import connect
 from meshlm.router.answers import Answers
 from meshlm.router.config import RouterConfig
 from meshlm.router.fleet import Fleet
@@ -33,7 +33,7 @@ class RouterService:
 
     def __init__(self, config: RouterConfig, state: StateConfig) -> None:
         self._config = config
-        self._redis = _connect(state)
+        self._redis = connect(state) if state.redis_url else None
         self._fleet = Fleet(config.workers, default_model=config.default_model, aliases=config.aliases)
         self._answers = Answers(config)
         self._guards = Guards(config)
@@ -64,15 +64,6 @@ class RouterService:
         if self._redis is not None:
             with contextlib.suppress(asyncio.TimeoutError, OSError):
                 await self._redis.aclose()
-
-
-def _connect(state: StateConfig) -> Redis | None:
-    if not state.redis_url:
-        return None
-    client: Redis = Redis.from_url(
-        state.redis_url, socket_timeout=state.timeout_seconds, socket_connect_timeout=state.timeout_seconds
-    )
-    return client
 
 
 def build(source: Source) -> tuple[RouterService, ServerConfig, Callable[[], dict[str, Any]]]:

@@ -1,0 +1,24 @@
+"""The connection to the shared Redis or Valkey."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from meshlm.chassis.config import StateConfig
+
+
+def connect(config: StateConfig) -> Redis:
+    """A client that opens connections as it needs them.
+
+    Every command is bounded by `timeout_seconds` and none is retried, for that would eat the caller's time: callers
+    go on without.
+    """
+    limits: dict[str, Any] = {"socket_timeout": config.timeout_seconds, "retry": Retry(NoBackoff(), 0)}
+    if not config.redis_url.startswith("unix:"):  # a unix socket connects at once or not at all, and takes no limit
+        limits["socket_connect_timeout"] = config.timeout_seconds
+    client: Redis = Redis.from_url(config.redis_url, **limits)
+    return client
