@@ -11,14 +11,12 @@ from typing import Any, cast
 
 import structlog
 from google.protobuf.message import DecodeError
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from meshlm.cache.key import Key
 from meshlm.chassis import telemetry
 from meshlm.chassis.config import StateConfig
+from meshlm.chassis.state import connect
 from meshlm.chassis.telemetry import Name
 from meshlm.v1 import cache_pb2
 
@@ -71,8 +69,7 @@ class Store:
     def __init__(self, state: StateConfig, retry_seconds: float) -> None:
         self._timeout = state.timeout_seconds
         self._retry_seconds = retry_seconds
-        # No retries in the client: they would eat the caller's time, and a miss costs less.
-        self._redis: Redis = Redis.from_url(state.redis_url, retry=Retry(NoBackoff(), 0), socket_keepalive=True)
+        self._redis = connect(state)
         self._find = self._redis.register_script(_FIND_OR_LEAD)
         self._store = self._redis.register_script(_STORE)
         self._release = self._redis.register_script(_RELEASE)
