@@ -177,19 +177,26 @@ def main(name: str, build: Callable[[Source], tuple[Service, ServerConfig, Calla
 
     Exit code 0 after a drain, 2 for a configuration that cannot be used, 1 for everything else.
     """
+    telemetry: Telemetry | None = None
     try:
         source = Source.read()
         telemetry_config = source.section("telemetry", TelemetryConfig)
         logs.configure(name, telemetry_config)
         telemetry = Telemetry(name, telemetry_config)
-        service, server_config, describe = build(source)
+        asyncio.run(_build_and_run(build, source))
     except ConfigError as error:
         sys.stderr.write(f"meshlm {name}: configuration: {error}\n")
         sys.exit(2)
-    try:
-        asyncio.run(run(service, server_config, describe))
     except Exception:
         log.exception("the service failed")
         sys.exit(1)
     finally:
-        telemetry.close()
+        if telemetry is not None:
+            telemetry.close()
+
+
+async def _build_and_run(
+    build: Callable[[Source], tuple[Service, ServerConfig, Callable[[], dict[str, Any]]]], source: Source
+) -> None:
+    # Inside the loop: a grpc.aio channel belongs to the loop in which it was made.
+    await run(*build(source))
