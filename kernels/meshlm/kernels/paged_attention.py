@@ -1,37 +1,43 @@
 """Attention of one new token a sequence over its paged cache (decode).
 
-Each sequence's context is cut into tiles of a fixed number of tokens; all tiles of all sequences form one flat batch of
-equal products, merged afterwards by their log-sum-exp (split-K as in Flash-Decoding, Dao et al. 2023). Every product
-has the same shape whatever the batch, so a sequence's result does not depend on who else is in the step, bit for bit
-on a CPU.
+Sequences are grouped by their context length rounded up, and each group is one batched product. The shape that a
+sequence is computed in follows from its own length alone, so its result does not depend on who else is in the step,
+bit for bit on a CPU; and the work is a few large operations, not one for each sequence.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
 from meshlm.kernels.kv_cache import gather_kv
 
+TILE = 64  # tokens; contexts are rounded up to this at least
+
 
 @dataclass(frozen=True, slots=True)
-class DecodeTiles:
-    """The tiles of a step; made once, used by every layer.
+class DecodeGroup:
+    """Neighbouring rows of one rounded length. Made once a step, used by every layer.
 
-    blocks: (tiles * blocks_per_tile,) int64, padded with block 0; mask: (kv_heads * tiles, 1, tile), 0 or -inf;
-    owner: (tiles,) int64, the sequence each tile belongs to, or None where every sequence has exactly one.
+    blocks: (rows * rounded / block_size,) int64, padded with block 0; mask: (kv_heads * rows, 1, rounded), 0 or -inf.
     """
 
+    rows: int
     blocks: torch.Tensor
     mask: torch.Tensor
-    owner: torch.Tensor | None
-    sequences: int
 
 
 def tile_tokens(block_size: int) -> int:
-    """Tokens in a tile: 64, or one block where blocks are larger. A constant of the cache, never of the batch."""
-    return max(64, block_size)
+    """The smallest rounded length: TILE, or one block where blocks are larger."""
+    return max(TILE, block_size)
+
+
+def rounded_length(length: int, block_size: int) -> int:
+    """`length` rounded up in steps of a quarter of its power of two: few groups, and at most a quarter of waste."""
+    step = max(tile_tokens(block_size), 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
 
 
 def plan_decode(
@@ -41,63 +47,49 @@ def plan_decode(
     kv_heads: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> DecodeTiles:
-    """Lay out the tiles of sequences with the given block tables and context lengths (tokens, the new one included)."""
-    tile = tile_tokens(block_size)
-    per_tile = tile // block_size
-    blocks: list[int] = []
-    owner: list[int] = []
-    filled: list[int] = []
-    for sequence, (table, length) in enumerate(zip(tables, lengths, strict=True)):
-        tiles = -(-length // tile)
-        used = table[: -(-length // block_size)]
-        blocks += used
-        blocks += [0] * (tiles * per_tile - len(used))
-        owner += [sequence] * tiles
-        filled += [tile] * (tiles - 1)
-        filled.append(length - tile * (tiles - 1))
-    empty = torch.arange(tile).unsqueeze(0) >= torch.tensor(filled).unsqueeze(1)
-    mask = torch.zeros(len(filled), tile, dtype=dtype).masked_fill_(empty, -torch.inf)
-    return DecodeTiles(
-        blocks=torch.tensor(blocks).to(device),
-        mask=mask.repeat(kv_heads, 1).unsqueeze(1).to(device),
-        owner=torch.tensor(owner).to(device) if len(owner) > len(tables) else None,
-        sequences=len(tables),
-    )
+) -> tuple[DecodeGroup, ...]:
+    """Group sequences with the given block tables and context lengths (tokens, the new one included).
+
+    Rows of one rounded length should be neighbours: sort by `rounded_length` first.
+    """
+    groups: list[DecodeGroup] = []
+    order = groupby(range(len(lengths)), key=lambda row: rounded_length(lengths[row], block_size))
+    for rounded, rows in order:
+        members = list(rows)
+        blocks: list[int] = []
+        for row in members:
+            used = tables[row][: -(-lengths[row] // block_size)]
+            blocks += used
+            blocks += [0] * (rounded // block_size - len(used))
+        ends = torch.tensor([lengths[row] for row in members]).unsqueeze(1)
+        mask = torch.zeros(len(members), rounded, dtype=dtype).masked_fill_(torch.arange(rounded) >= ends, -torch.inf)
+        spread = mask.repeat(kv_heads, 1).unsqueeze(1).to(device)
+        groups.append(DecodeGroup(len(members), torch.tensor(blocks).to(device), spread))
+    return tuple(groups)
 
 
-def paged_attention(query: torch.Tensor, cache: torch.Tensor, tiles: DecodeTiles, scale: float) -> torch.Tensor:
+def paged_attention(
+    query: torch.Tensor, cache: torch.Tensor, groups: tuple[DecodeGroup, ...], scale: float
+) -> torch.Tensor:
     """query: (sequences, heads, head_dim); cache: one layer's. Returns (sequences, heads, head_dim).
 
     Query heads share key heads in consecutive groups (Ainslie et al. 2023, arXiv:2305.13245).
     """
-    sequences, heads, head_dim = query.shape
+    if len(groups) == 1:
+        return _attend_group(query, cache, groups[0], scale)
+    parts = query.split_with_sizes([group.rows for group in groups])
+    return torch.cat([_attend_group(part, cache, group, scale) for part, group in zip(parts, groups, strict=True)])
+
+
+def _attend_group(query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup, scale: float) -> torch.Tensor:
+    rows, heads, head_dim = query.shape
     kv_heads = cache.shape[1]
-    group = heads // kv_heads
-    per_head = query.view(sequences, kv_heads, group, head_dim).transpose(0, 1)
-    if tiles.owner is not None:
-        per_head = per_head.index_select(1, tiles.owner)
-    count = per_head.shape[1]
-    keys, values = gather_kv(cache, tiles.blocks).view(2, kv_heads * count, -1, head_dim)
-    scores = torch.baddbmm(
-        tiles.mask, per_head.reshape(kv_heads * count, group, head_dim), keys.transpose(1, 2), alpha=scale
-    )
-    out = torch.bmm(torch.softmax(scores, -1), values).view(kv_heads, count, group, head_dim)
-    if tiles.owner is not None:
-        out = _merge(out, torch.logsumexp(scores.view(kv_heads, count, group, -1), -1), tiles.owner, sequences)
-    return out.transpose(0, 1).reshape(sequences, heads, head_dim)
-
-
-def _merge(out: torch.Tensor, lse: torch.Tensor, owner: torch.Tensor, sequences: int) -> torch.Tensor:
-    """Weigh the tiles of each sequence: (kv_heads, tiles, group, d) and (kv_heads, tiles, group) to (kv_heads,
-    sequences, ...).
-
-    A sequence with a single tile gets weight exp(0) / 1, so its result equals the one without a merge exactly.
-    """
-    top = lse.new_full((lse.shape[0], sequences, lse.shape[2]), -torch.inf).index_reduce_(1, owner, lse, "amax")
-    weight = torch.exp(lse - top.index_select(1, owner)).unsqueeze(-1)
-    total = weight.new_zeros(*top.shape, 1).index_add_(1, owner, weight)
-    return out.new_zeros(*top.shape, out.shape[-1]).index_add_(1, owner, out * weight).div_(total)
+    shared = heads // kv_heads
+    keys, values = gather_kv(cache, group.blocks).view(2, kv_heads * rows, -1, head_dim)
+    per_head = query.view(rows, kv_heads, shared, head_dim).transpose(0, 1).reshape(-1, shared, head_dim)
+    scores = torch.baddbmm(group.mask, per_head, keys.transpose(1, 2), alpha=scale)
+    out = torch.bmm(torch.softmax(scores, -1), values)
+    return out.view(kv_heads, rows, shared, head_dim).transpose(0, 1).reshape(rows, heads, head_dim)
 
 
 def reference_paged_attention(

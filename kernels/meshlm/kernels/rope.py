@@ -30,23 +30,21 @@ def scale_llama3(
 
 
 def rope_table(frequencies: torch.Tensor, positions: int, dtype: torch.dtype) -> torch.Tensor:
-    """Cosines and signed sines of every position: (positions, 2, head_dim).
+    """Cosines and signed sines of every position: (2, positions, 1, head_dim).
 
     The sine of the first half is negated, so that `rope` needs a roll and no negation.
     """
     angles = torch.arange(positions).double().unsqueeze(1) * frequencies.double()
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1).to(dtype)
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).unsqueeze(2).to(dtype)
 
 
-def rope(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rotate heads by their token's position.
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate heads by their token's position, in place.
 
-    x: (tokens, heads, head_dim); table: (tokens, 2, head_dim), rows of `rope_table` at the tokens' positions.
-    Returns a new tensor like `x`.
+    x: (tokens, heads, head_dim); cos, sin: (tokens, 1, head_dim), rows of `rope_table` at the tokens' positions.
     """
-    cos, sin = table[:, :1], table[:, 1:]
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=x)
 
 
 def reference_rope(x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:

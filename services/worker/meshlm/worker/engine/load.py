@@ -13,6 +13,7 @@ from meshlm.kernels.linear import int8_supported
 from meshlm.worker.engine.runner import TorchRunner
 from meshlm.worker.engine.sequence import Chunk, Sequence
 from meshlm.worker.loading.checkpoint import open_checkpoint
+from meshlm.worker.loading.rotated import rotated
 from meshlm.worker.messages import Limits, ModelFacts, Sampling, Submit
 from meshlm.worker.models.config import ModelConfig
 from meshlm.worker.models.layers import Placement
@@ -55,7 +56,8 @@ def load_runner(settings: RunnerSettings, progress: LoadProgress) -> TorchRunner
     blocks = settings.kv_blocks if settings.kv_blocks is not None else settings.kv_memory // block_bytes
     if blocks < 1:
         raise SettingsError(f"kv_memory is {settings.kv_memory} bytes; one block of this model takes {block_bytes}")
-    model = load_model(checkpoint, placement, lambda done, total: progress("load", done, total))
+    source = rotated(checkpoint) if placement.int8 else checkpoint
+    model = load_model(source, placement, lambda done, total: progress("load", done, total))
     facts = ModelFacts(
         architecture=config.architecture,
         vocab_size=config.vocab_size,
@@ -65,7 +67,7 @@ def load_runner(settings: RunnerSettings, progress: LoadProgress) -> TorchRunner
         weight_bytes=model.weight_bytes,
         kv_bytes=blocks * block_bytes,
         quantization="int8" if placement.int8 else "none",
-        parameters=model.parameters,
+        parameters=config.parameters,
     )
     runner = TorchRunner(model, facts, dtype, placement.device)
     _warm_up(runner, config, progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from meshlm.kernels.kv_cache import allocate_kv_cache
-from meshlm.kernels.paged_attention import DecodeTiles, plan_decode
+from meshlm.kernels.paged_attention import DecodeGroup, plan_decode
 from meshlm.kernels.prefill_attention import padded_blocks
 from meshlm.worker.engine.sampler import Sampler
 from meshlm.worker.engine.sequence import Chunk, Sampled, Sequence, StepOutOfMemory
@@ -41,7 +41,7 @@ class TorchRunner:
     def run(self, chunks: list[Chunk]) -> list[Sampled | None]:
         """See `Runner.run`. A step that fails leaves nothing the scheduler could see: what it wrote are slots beyond
         each sequence's `computed`, which the next try overwrites."""
-        order = sorted(range(len(chunks)), key=lambda index: not _decodes(chunks[index]))
+        order = sorted(range(len(chunks)), key=lambda index: _place(chunks[index]))
         sampled = [index for index in order if chunks[index].sample]
         try:
             logits = self.logits([chunks[index] for index in order])
@@ -61,7 +61,7 @@ class TorchRunner:
     def logits(self, chunks: list[Chunk]) -> torch.Tensor:
         """Store keys and values of the chunks; logits of those that sample, in order: (samples, vocab) float32.
 
-        chunks: the decoding ones first.
+        chunks: in the order of `_place`.
         """
         return self._model.forward(self._batch(chunks), self._cache)
 
@@ -90,13 +90,11 @@ class TorchRunner:
             positions=self._tensor(positions),
             slots=self._tensor(slots),
             rows=self._tensor(rows),
-            decode=self._decode_tiles(chunks[: len(chunks) - len(spans)]),
+            decode=self._decode_groups(chunks[: len(chunks) - len(spans)]),
             prefill=tuple(spans),
         )
 
-    def _decode_tiles(self, chunks: list[Chunk]) -> DecodeTiles | None:
-        if not chunks:
-            return None
+    def _decode_groups(self, chunks: list[Chunk]) -> tuple[DecodeGroup, ...]:
         tables = [chunk.sequence.blocks for chunk in chunks]
         lengths = [chunk.start + 1 for chunk in chunks]
         kv_heads = self._model.config.kv_heads
@@ -110,3 +108,8 @@ def _decodes(chunk: Chunk) -> bool:
     """A single output token goes the decode way. A single prompt token does not: which kernel computes a position must
     not depend on how the scheduler cut the prompt."""
     return chunk.count == 1 and chunk.start >= chunk.sequence.prompt_length
+
+
+def _place(chunk: Chunk) -> tuple[bool, int]:
+    """The order within a batch: decoding sequences first, the shortest context first."""
+    return (False, chunk.start) if _decodes(chunk) else (True, 0)

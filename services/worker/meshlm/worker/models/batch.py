@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from meshlm.kernels.paged_attention import DecodeTiles
+from meshlm.kernels.paged_attention import DecodeGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class PrefillSpan:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A flat batch: first one row for each decoding sequence, then the prefill chunks.
+    """A flat batch: first one row for each decoding sequence (shortest first), then the prefill chunks.
 
     tokens, positions, slots: (tokens,) int64; rows: (samples,) int64, the rows whose logits are wanted.
     """
@@ -30,5 +30,5 @@ class Batch:
     positions: torch.Tensor
     slots: torch.Tensor
     rows: torch.Tensor
-    decode: DecodeTiles | None
+    decode: tuple[DecodeGroup, ...]
     prefill: tuple[PrefillSpan, ...]

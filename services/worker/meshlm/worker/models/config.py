@@ -47,5 +47,14 @@ class ModelConfig:
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
 
+    @property
+    def parameters(self) -> int:
+        """Of a Llama-like model: biases and norms included, a tied head counted once."""
+        width, middle, fused = self.hidden_size, self.intermediate_size, self.query_size + 2 * self.kv_size
+        layer = width * fused + self.query_size * width + 3 * width * middle + 2 * width
+        layer += fused * self.attention_bias + width * self.output_bias + (2 * middle + width) * self.mlp_bias
+        tables = 1 if self.tied_head else 2
+        return self.layers * layer + tables * self.vocab_size * width + width
+
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         return 2 * self.layers * self.kv_size * element_bytes
