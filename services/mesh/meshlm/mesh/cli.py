@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from meshlm.chassis.config import ConfigError
 from meshlm.chassis.errors import MeshError
-from meshlm.mesh.launcher import GaveUp, NotReady
+from meshlm.mesh.launcher import AddressTaken, GaveUp, NotReady
 from meshlm.mesh.model import FetchError
 from meshlm.mesh.state import MeshNotRunningError, StateFolderError
 from meshlm.mesh.trace import NoTraceError
@@ -40,8 +40,16 @@ COMMANDS = (
 
 # What is foreseen, and tells its reason by itself.
 _FORESEEN = (
-    ConfigError, FetchError, GaveUp, MeshError, MeshNotRunningError, NoTraceError, NotReady, StateFolderError,
-)  # fmt: skip
+    AddressTaken,
+    ConfigError,
+    FetchError,
+    GaveUp,
+    MeshError,
+    MeshNotRunningError,
+    NoTraceError,
+    NotReady,
+    StateFolderError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import grpc
+
+from meshlm.chassis.channels import open_channel
 from meshlm.chassis.config import Source
-from meshlm.chassis.errors import MeshError, Reason
-from meshlm.mesh.client import AsyncMesh
 from meshlm.mesh.config import MeshConfig
-from meshlm.mesh.plan import MeshPlan, Planner
+from meshlm.mesh.health import UNSAMPLED
+from meshlm.mesh.plan import MeshPlan, Planner, ProcessPlan
 from meshlm.mesh.process import Child, GaveUp, ProcessEvent, Ready, Started
 from meshlm.mesh.state import RunningMesh, RunningService, StateFolder
+from meshlm.v1 import inference_pb2, inference_pb2_grpc
 
 _ASK_AGAIN_SECONDS = 0.05
 # Those who call end before those they call, so that every stream can settle.
@@ -29,6 +33,10 @@ _STOP_ORDER = ("router", "worker", "guard", "cache", "valkey")
 
 class NotReady(Exception):  # noqa: N818  # a state, as GaveUp
     """The mesh did not become ready in its time; the text says what it waited for."""
+
+
+class AddressTaken(Exception):  # noqa: N818  # a state, as GaveUp
+    """A service's address is in use; the text names both."""
 
 
 class LocalMesh:
@@ -54,12 +62,15 @@ class LocalMesh:
         self._keepers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Return when every service serves. Raises GaveUp or NotReady; what was started is then stopped."""
+        """Return when every service serves.
+
+        Raises AddressTaken, GaveUp or NotReady; what was started is then stopped.
+        """
+        for process in self.plan.processes:
+            _claim(process)
         try:
             async with asyncio.timeout(self._config.ready_seconds):
-                for stage in self.plan.stages:
-                    await self._start_stage({process.name for process in stage})
-                await self._workers_known()
+                await self._start_stages()
         except TimeoutError:
             late = ", ".join(child.plan.name for child in self._children if not child.ready.is_set())
             await self.stop()
@@ -107,28 +118,33 @@ class LocalMesh:
         )
         return RunningMesh(os.getpid(), self.target, services, str(self._folder.key_file) if self.key else "")
 
-    async def _start_stage(self, names: set[str]) -> None:
-        children = [child for child in self._children if child.plan.name in names]
-        for child in children:
-            self._folder.begin_log(child.plan.name)
-            self._keepers.append(child.start())
-        ready = asyncio.create_task(_all_ready(children))
-        failure = asyncio.create_task(_first_failure(self._keepers))
+    async def _start_stages(self) -> None:
+        for stage in self.plan.stages:
+            children = [self._child(process.name) for process in stage]
+            for child in children:
+                self._folder.begin_log(child.plan.name)
+                self._keepers.append(child.start())
+            await self._unless_one_fails(_all_ready(children))
+        await self._unless_one_fails(self._workers_known())
+
+    async def _unless_one_fails(self, work: Coroutine[Any, Any, None]) -> None:
+        working = asyncio.create_task(work)
+        failing = asyncio.create_task(_first_failure(self._keepers))
         try:
-            await asyncio.wait({ready, failure}, return_when=asyncio.FIRST_COMPLETED)
-            if failure.done():
-                failure.result()
+            await asyncio.wait({working, failing}, return_when=asyncio.FIRST_COMPLETED)
+            (failing if failing.done() else working).result()
         finally:
-            ready.cancel()
-            failure.cancel()
+            working.cancel()
+            failing.cancel()
 
     async def _workers_known(self) -> None:
         """Until the router has heard of every worker, so that the first request finds them all."""
         workers = sum(process.part == "worker" for process in self.plan.processes)
         if not self.key:
             return
-        async with AsyncMesh(self.target, key=self.key) as client:
-            while await _ready_replicas(client) < workers:  # noqa: ASYNC110  # they are in another process
+        async with open_channel(self.target) as channel:
+            stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+            while await _ready_replicas(stub, self.key) < workers:  # noqa: ASYNC110  # they are in another process
                 await asyncio.sleep(_ASK_AGAIN_SECONDS)
 
     def _child(self, name: str) -> Child:
@@ -152,17 +168,35 @@ class LocalMesh:
         await self.stop()
 
 
-async def _ready_replicas(client: AsyncMesh) -> int:
+async def _ready_replicas(stub: Any, key: str) -> int:
+    metadata = (("authorization", f"Bearer {key}"), UNSAMPLED)
     try:
-        return sum(model.ready_replicas for model in await client.list_models(deadline=10.0))
-    except MeshError as error:
-        if error.reason is Reason.NO_REPLICA:  # the router is not there: it may just have died
-            return 0
-        raise
+        response = await stub.ListModels(inference_pb2.ListModelsRequest(), metadata=metadata, timeout=10.0)
+    except grpc.RpcError:  # the router may just have died, and starts again
+        return 0
+    return sum(model.ready_replicas for model in response.models)
 
 
 async def _all_ready(children: list[Child]) -> None:
     await asyncio.gather(*(child.ready.wait() for child in children))
+
+
+def _claim(process: ProcessPlan) -> None:
+    """Asked before anything starts, for the health of whoever sits there would pass as our service's."""
+    for address, key in ((process.address, "listen"), (process.admin, "admin_listen")):
+        host, _, port = address.rpartition(":")
+        if not port.isdecimal() or port == "0":
+            continue
+        family = socket.AF_INET6 if "[" in host else socket.AF_INET
+        with socket.socket(family) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind((host.strip("[]"), int(port)))
+            except OSError as error:
+                raise AddressTaken(
+                    f"{process.name} cannot have {address} ({error.strerror}); "
+                    f"choose another with {process.part}.server.{key}"
+                ) from None
 
 
 async def _first_failure(keepers: list[asyncio.Task[None]]) -> None:
@@ -178,4 +212,4 @@ def plan_mesh(source: Source, folder: StateFolder, config: MeshConfig, *, config
     return planner.plan(folder.key() if planner.needs_key else "")
 
 
-__all__ = ["GaveUp", "LocalMesh", "NotReady", "plan_mesh"]
+__all__ = ["AddressTaken", "GaveUp", "LocalMesh", "NotReady", "plan_mesh"]

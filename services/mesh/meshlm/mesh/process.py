@@ -13,11 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-import redis.asyncio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from meshlm.chassis.channels import open_channel
+from meshlm.mesh.health import SERVING, grpc_health, valkey_health
 from meshlm.mesh.plan import ProcessPlan
 
 _TETHER = str(Path(__file__).with_name("tether.py"))
@@ -151,8 +147,8 @@ class Child:
 
     async def _probe(self, pid: int) -> None:
         begun = time.monotonic()
-        probe = _valkey_answers if self.plan.part == "valkey" else _health_serves
-        while not await probe(self.plan.address):  # noqa: ASYNC110  # what is waited for is in another process
+        ask = valkey_health if self.plan.part == "valkey" else grpc_health
+        while await ask(self.plan.address) != SERVING:  # noqa: ASYNC110  # what is waited for is in another process
             await asyncio.sleep(_PROBE_SECONDS)
         if pid == self.pid:
             self.ready.set()
@@ -187,22 +183,3 @@ def _why(code: int) -> str:
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return f"exit code {code}"
-
-
-async def _health_serves(address: str) -> bool:
-    async with open_channel(address) as channel:
-        try:
-            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1.0)
-        except grpc.RpcError:
-            return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-async def _valkey_answers(url: str) -> bool:
-    client = redis.asyncio.Redis.from_url(url, socket_timeout=1.0)
-    try:
-        return bool(await client.ping())
-    except (redis.RedisError, OSError):
-        return False
-    finally:
-        await client.aclose()

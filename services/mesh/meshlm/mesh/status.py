@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import redis.asyncio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from meshlm.chassis.channels import open_channel
 from meshlm.mesh.client import Mesh
+from meshlm.mesh.health import SERVING, UNSAMPLED, grpc_health, valkey_health
 from meshlm.mesh.settings import add_config_arguments, add_endpoint_arguments, find_endpoint, read_settings
 from meshlm.mesh.state import RunningService
 from meshlm.v1 import worker_pb2, worker_pb2_grpc
@@ -81,15 +79,16 @@ async def _show(services: list[RunningService], console: Console) -> int:
 async def check(service: RunningService) -> Health:
     """Ask a service for its health."""
     begun = time.perf_counter()
-    text = await (_valkey_health if service.part == "valkey" else _grpc_health)(service.address)
-    return Health(text == "SERVING", text, (time.perf_counter() - begun) * 1000)
+    text = await (valkey_health if service.part == "valkey" else grpc_health)(service.address, _SECONDS)
+    return Health(text == SERVING, text, (time.perf_counter() - begun) * 1000)
 
 
 async def load_of(target: str) -> worker_pb2.WatchLoadResponse | None:
     """A worker's load now; None where it does not answer."""
     async with open_channel(target) as channel:
         stub: Any = worker_pb2_grpc.WorkerServiceStub(channel)
-        call = stub.WatchLoad(worker_pb2.WatchLoadRequest(watcher="meshlm status"), timeout=_SECONDS)
+        request = worker_pb2.WatchLoadRequest(watcher="meshlm status")
+        call = stub.WatchLoad(request, metadata=(UNSAMPLED,), timeout=_SECONDS)
         try:
             async for load in call:
                 assert isinstance(load, worker_pb2.WatchLoadResponse)  # noqa: S101  # the stub is untyped
@@ -99,26 +98,6 @@ async def load_of(target: str) -> worker_pb2.WatchLoadResponse | None:
         finally:
             call.cancel()
     return None
-
-
-async def _grpc_health(target: str) -> str:
-    async with open_channel(target) as channel:
-        try:
-            request = health_pb2.HealthCheckRequest()
-            answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=_SECONDS)
-        except grpc.RpcError as error:
-            return str(error.code().name)
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
-
-
-async def _valkey_health(url: str) -> str:
-    client = redis.asyncio.Redis.from_url(url, socket_timeout=_SECONDS)
-    try:
-        with contextlib.suppress(redis.RedisError, OSError):
-            return "SERVING" if await client.ping() else "NOT_SERVING"
-        return "UNAVAILABLE"
-    finally:
-        await client.aclose()
 
 
 def _loads_table(loads: list[worker_pb2.WatchLoadResponse]) -> Table:

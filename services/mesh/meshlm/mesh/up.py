@@ -137,15 +137,18 @@ class Teller:
 
 
 def last_stage(log: Path) -> str:
-    """What a starting service said last, from its log: `loading`, with its progress where it tells one."""
-    line = last_lines(log, 1).strip()
+    """What a starting service said last, from its log; a worker tells how far its engine is."""
     try:
-        record = json.loads(line)
+        record = json.loads(last_lines(log, 1))
     except ValueError:
         return "starting"
-    event = str(record.get("event", "starting")) if isinstance(record, dict) else "starting"
-    progress = record.get("progress") if isinstance(record, dict) else None
-    return f"{event} {progress:.0%}" if isinstance(progress, float) else event
+    match record:
+        case {"event": str(), "stage": str(stage), "done": int(done), "total": int(total)} if total > 0:
+            return f"{stage.replace('_', ' ')} {done}/{total}"
+        case {"event": str(event)}:
+            return event
+        case _:
+            return "starting"
 
 
 class _Told:
