@@ -136,7 +136,7 @@ class Choice:
 
     def _finish(self, chunk: pb.Chunk, reason: pb.FinishReason.ValueType, matched: str | None) -> None:
         self.finish = chunk.finish_reason = reason
-        self.phases.ended = time.monotonic()
+        self.phases.ended = self.phases.ended or time.monotonic()
         if matched is not None:
             chunk.matched_stop = matched
 

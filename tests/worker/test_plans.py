@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from meshlm.chassis.errors import MeshError, Reason
+from meshlm.v1 import generation_pb2 as pb
+from meshlm.v1 import worker_pb2
+from meshlm.worker.fake import END, FakeRunner, FakeSettings
+from meshlm.worker.fake_tokenizer import fake_tokenizer
+from meshlm.worker.front.plans import Plan, make_plan
+from meshlm.worker.front.prompts import Prompts
+from meshlm.worker.messages import Sampling
+
+FACTS = FakeRunner(FakeSettings(max_context=64, total_blocks=4)).facts
+PROMPTS = Prompts(fake_tokenizer())
+
+
+async def plan_of(prompt: str = "hello", seconds: float | None = None, **sampling: Any) -> Plan:
+    generation = pb.Generation(input=pb.Input(prompt=prompt), sampling=pb.Sampling(**sampling))
+    request = worker_pb2.RunGenerationRequest(generation=generation, cache_salt=b"salt")
+    return await make_plan(request, PROMPTS, FACTS, "fake", seconds)
+
+
+async def test_unset_fields_take_the_neutral_values_of_the_contract() -> None:
+    plan = await plan_of(seed=3)
+    assert plan.sampling == Sampling(
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        seed=3,
+        logprobs=None,
+    )
+    assert (plan.choices, plan.limits.max_tokens, plan.limits.deadline) == (1, 59, None)
+    assert plan.limits.stop_token_ids == {END}
+
+
+async def test_set_fields_reach_the_engine_even_where_they_are_zero() -> None:
+    plan = await plan_of(temperature=0, top_k=5, logit_bias={7: -1.5}, logprobs=0, stop=["x"], min_tokens=2)
+    assert (plan.sampling.temperature, plan.sampling.top_k, plan.sampling.logprobs) == (0.0, 5, 0)
+    assert plan.sampling.logit_bias == {7: -1.5}
+    assert (plan.stops, plan.limits.min_tokens) == (("x",), 2)
+
+
+async def test_requests_without_a_seed_do_not_repeat_each_other() -> None:
+    assert (await plan_of()).sampling.seed != (await plan_of()).sampling.seed
+
+
+async def test_choices_differ_in_seed_alone_and_the_largest_seed_wraps() -> None:
+    plan = await plan_of(seed=2**64 - 1, n=2)
+    first, second = plan.submit("a", 0), plan.submit("b", 1)
+    assert (first.sampling.seed, second.sampling.seed) == (2**64 - 1, 0)
+    assert (first.prompt, first.cache_salt) == (second.prompt, b"salt")
+
+
+async def test_ignoring_the_end_keeps_only_the_callers_stop_tokens() -> None:
+    assert (await plan_of(ignore_eos=True, stop_token_ids=[5])).limits.stop_token_ids == {5}
+
+
+async def test_an_input_that_fills_the_context_is_refused_and_one_token_less_is_not() -> None:
+    with pytest.raises(MeshError) as caught:
+        await plan_of("x" * 64)
+    assert caught.value.reason is Reason.CONTEXT_TOO_LONG
+    assert (await plan_of("x" * 63, max_tokens=9)).limits.max_tokens == 1
+
+
+async def test_control_tokens_count_only_in_prompts_of_those_who_may_write_them() -> None:
+    source = pb.Input(prompt="a<|end|>")
+    assert await PROMPTS.encode(source, control_tokens=False, vocab_size=257) == list(b"a<|end|>")
+    assert await PROMPTS.encode(source, control_tokens=True, vocab_size=257) == [97, END]
+
+
+async def test_a_long_input_is_encoded_to_the_same_tokens_as_a_short_one() -> None:
+    long = "word " * 2000  # goes to a thread
+    assert await PROMPTS.encode(pb.Input(prompt=long), control_tokens=False, vocab_size=257) == list(long.encode())
+
+
+async def test_a_chat_may_be_left_open_for_the_caller_to_continue() -> None:
+    chat = pb.Chat(messages=[pb.Message(role="user", content="hi")], add_generation_prompt=False)
+    tokens = await PROMPTS.encode(pb.Input(chat=chat), control_tokens=False, vocab_size=257)
+    assert tokens == [*b"<user>hi", END]
