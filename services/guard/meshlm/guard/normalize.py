@@ -64,7 +64,7 @@ class _Table(dict[str, str]):
         self._lookalikes = lookalikes
 
     def __missing__(self, char: str) -> str:
-        read = "".join(self._one(c) for c in unicodedata.normalize("NFKD", char)).casefold()
+        read = "".join(self._one(c) for c in unicodedata.normalize("NFKD", char)).casefold()[:_LONGEST]
         if len(self) < 100_000:
             self[char] = read
         return read
@@ -132,6 +132,8 @@ def _lookalikes() -> dict[str, str]:
 
 # Letters that show as nothing.
 _FILLERS = frozenset("\u115f\u1160\u3164\uffa0")
+# Some ligatures spell a whole phrase; a text of those must not grow without bound. Characters.
+_LONGEST = 4
 _FOLD = _Table({})
 _SKELETON = _Table(_lookalikes())
 _LEET = {ord(sign): letter for sign, letter in zip("034578@$!|€", "oeastbasile", strict=True)}

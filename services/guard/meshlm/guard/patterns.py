@@ -18,6 +18,8 @@ from meshlm.guard.findings import Finding
 MAX_LENGTH = 512
 # Never in a text (protobuf strings are UTF-8), so a pattern that ends in it is only ever matched in part.
 _NEVER = "\ud800"
+# Stated once for all patterns of a set: most places of a text are then out after one look.
+_WORD_START = r"(?<![A-Za-z0-9])"
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Pattern:
 
     # e.g. `secret.github_token`.
     category: str
-    # The match; look-behinds of one character are fine, look-aheads are not.
+    # The match. It stands at the start of a word (no ASCII letter or digit before it); a further look-behind of one
+    # character is fine, look-aheads are not.
     body: str
     # What must follow, as a pattern of one character; empty: nothing.
     after: str = ""
@@ -34,11 +37,13 @@ class Pattern:
     score: float = 0.95
     # What follows, unless the policy says otherwise.
     act: Act = "block"
-    # Judges the matched text, e.g. by its check digits. From one start, `source` must then match one text at most.
+    # Judges the matched text, e.g. by its check digits. From one start, of all patterns with the same check, one at
+    # most may match, and in one way.
     check: Callable[[str], bool] | None = None
 
     @property
     def source(self) -> str:
+        """What is matched where it may stand."""
         return f"(?:{self.body}){self.after}"
 
 
@@ -47,13 +52,10 @@ class PatternSet:
 
     def __init__(self, patterns: Iterable[Pattern]) -> None:
         self.patterns = tuple(patterns)
-        # Of patterns with a check, those of one family exclude each other from one start; so one look finds them all.
-        groups: dict[str, list[Pattern]] = {}
+        groups: dict[Callable[[str], bool] | None, list[Pattern]] = {}
         for pattern in self.patterns:
-            groups.setdefault(pattern.category.partition(".")[0] if pattern.check else "", []).append(pattern)
+            groups.setdefault(pattern.check, []).append(pattern)
         self._groups = [_Group(group) for group in groups.values()]
-        sources = "|".join(pattern.source for pattern in self.patterns)
-        self._unfinished = regex.compile(f"(?:{sources}){_NEVER}") if self.patterns else None
 
     def first(self, text: str, begin: int, known: int) -> tuple[Finding, int] | None:
         """The finding that is decided first, and where: the least end at which some pattern is matched.
@@ -73,10 +75,8 @@ class PatternSet:
 
     def hold(self, text: str, begin: int) -> int:
         """Least index from which `text` could still grow into a match; its length if there is none."""
-        if self._unfinished is None:
-            return len(text)
-        match = self._unfinished.search(text, max(begin, len(text) - MAX_LENGTH), partial=True)
-        return match.start() if match is not None else len(text)
+        begin = max(begin, len(text) - MAX_LENGTH)
+        return min((group.hold(text, begin) for group in self._groups), default=len(text))
 
     def _find(self, text: str, begin: int, end: int) -> Finding | None:
         for group in self._groups:
@@ -87,10 +87,13 @@ class PatternSet:
 
 
 class _Group:
+    """Patterns with the same check, as one expression: many small ones are much slower than a few of this size."""
+
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self._patterns = patterns
-        sources = (f"(?:(?P<p{i}>{pattern.body}){pattern.after})" for i, pattern in enumerate(patterns))
-        self._compiled = regex.compile("|".join(sources))
+        sources = "|".join(f"(?:(?P<p{i}>{pattern.body}){pattern.after})" for i, pattern in enumerate(patterns))
+        self._compiled = regex.compile(f"{_WORD_START}(?:{sources})")
+        self._unfinished = regex.compile(f"{_WORD_START}(?:{'|'.join(p.source for p in patterns)}){_NEVER}")
 
     def find(self, text: str, begin: int, end: int) -> Finding | None:
         """The leftmost match that passes its check."""
@@ -100,3 +103,7 @@ class _Group:
             if pattern.check is None or pattern.check(match.group(f"p{index}")):
                 return Finding(pattern.category, pattern.category, pattern.score, *match.span(f"p{index}"))
         return None
+
+    def hold(self, text: str, begin: int) -> int:
+        match = self._unfinished.search(text, begin, partial=True)
+        return match.start() if match is not None else len(text)

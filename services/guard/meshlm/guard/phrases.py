@@ -140,11 +140,11 @@ ENGLISH: tuple[Phrase, ...] = (
     Phrase(
         "persona.named",
         PERSONA,
-        0.85,
-        "you are|you re|you're|youare|act as|actas|become|called|persona|pretend|play",
-        r"(?:you_(?:are|re|will_be|become)|act_as|become|role_?play_as|pretend_to_be|play)_(?:now_|going_to_|"
-        r"to_|be_|the_|a_|an_|ai_|called_|named_|as_){0,5}(?:dan|stan|dude|aim|jailbreak|evil_?bot|evil_?gpt|"
-        r"devmode|betterdan|omega|maximum|machiavelli)\b(?!_(?:the|s)_)",
+        0.6,
+        "you are|you re|you're|youare|act as|actas|become|play",
+        r"(?:you_(?:are|re)_(?:now|going_to_(?:be|act_as|pretend_to_be))|act_as|become|role_?play_as)_"
+        r"(?:the_|an?_|ai_|called_|named_){0,3}"
+        r"(?:dan|stan|dude|aim|jailbreak|evil_?bot|evil_?gpt|devmode|betterdan)\b(?!_(?:the|s)_)",
     ),
     Phrase(
         "persona.free",

@@ -17,7 +17,7 @@ VERSION = "pii/1"
 
 def _is_card(text: str) -> bool:
     digits = "".join(c for c in text if c.isdigit())
-    return len(set(digits)) > 2 and luhn.is_valid(digits)
+    return len(set(digits)) > 1 and luhn.is_valid(digits)
 
 
 def _iban_pattern() -> str:
@@ -27,36 +27,37 @@ def _iban_pattern() -> str:
         if bban := properties.get("bban"):
             parts = bban.replace("!n", " ").replace("!a", " ").replace("!c", " ").split()
             by_length[sum(map(int, parts))].append(country)
+    # The country is looked up behind the check digits: few words come that far.
     alternatives = (
-        rf"(?:{'|'.join(sorted(countries))})[0-9]{{2}}(?: ?[A-Z0-9]){{{length}}}"
+        rf"(?<=(?:{'|'.join(sorted(countries))})[0-9]{{2}})(?: ?[A-Z0-9]){{{length}}}"
         for length, countries in sorted(by_length.items())
     )
-    return rf"(?<![A-Za-z0-9])(?:{'|'.join(alternatives)})"
+    return rf"[A-Z]{{2}}[0-9]{{2}}(?:{'|'.join(alternatives)})"
 
 
 # Only digits, or the groups that are printed on a card; the first digit is that of a payment network.
 _CARDS = (
-    r"(?<![0-9.,-])[2-6][0-9]{12,18}",
-    r"(?<![0-9])[2-6][0-9]{3} [0-9]{4} [0-9]{4} [0-9]{4}",
-    r"(?<![0-9])[2-6][0-9]{3}-[0-9]{4}-[0-9]{4}-[0-9]{4}",
-    r"(?<![0-9])3[47][0-9]{2}[ -][0-9]{6}[ -][0-9]{5}",
+    r"(?<![.,-])[2-6][0-9]{12,18}",
+    r"[2-6][0-9]{3} [0-9]{4} [0-9]{4} [0-9]{4}",
+    r"[2-6][0-9]{3}-[0-9]{4}-[0-9]{4}-[0-9]{4}",
+    r"3[47][0-9]{2}[ -][0-9]{6}[ -][0-9]{5}",
 )
 
 PATTERNS = (
     *(Pattern("pii.credit_card", body, r"[^0-9]", check=_is_card) for body in _CARDS),
-    Pattern("pii.us_ssn", r"(?<![0-9-])[0-9]{3}-[0-9]{2}-[0-9]{4}", r"[^0-9-]", score=0.85, check=ssn.is_valid),
+    Pattern("pii.us_ssn", r"(?<!-)[0-9]{3}-[0-9]{2}-[0-9]{4}", r"[^0-9-]", score=0.85, check=ssn.is_valid),
     Pattern("pii.iban", _iban_pattern(), r"[^A-Za-z0-9]", check=iban.is_valid),
     Pattern(
         "pii.email",
-        r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}",
+        r"(?<![._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}",
         r"[^A-Za-z0-9-]",
         score=0.9,
         act="flag",
     ),
-    Pattern("pii.phone", r"(?<![A-Za-z0-9+])\+[1-9](?:[ ().-]{0,2}[0-9]){7,14}", r"[^0-9]", score=0.7, act="flag"),
+    Pattern("pii.phone", r"(?<!\+)\+[1-9](?:[ ().-]{0,2}[0-9]){7,14}", r"[^0-9]", score=0.7, act="flag"),
     Pattern(
         "pii.phone",
-        r"(?<![A-Za-z0-9])\(?[2-9][0-9]{2}\)?[ .-][2-9][0-9]{2}[.-][0-9]{4}",
+        r"\(?[2-9][0-9]{2}\)?[ .-][2-9][0-9]{2}[.-][0-9]{4}",
         r"[^0-9-]",
         score=0.7,
         act="flag",

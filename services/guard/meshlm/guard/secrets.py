@@ -15,7 +15,6 @@ from meshlm.guard.patterns import Pattern
 
 VERSION = "secrets/1"
 
-_START = r"(?<![A-Za-z0-9])"
 _END = r"[^A-Za-z0-9]"
 
 
@@ -41,31 +40,31 @@ _PEM = (
 )
 
 PATTERNS = (
-    Pattern("secret.aws_access_key", _START + r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}", _END, check=_varied),
-    Pattern("secret.github_token", _START + r"gh[pousr]_[A-Za-z0-9]{36}", check=_varied),
-    Pattern("secret.github_token", _START + r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{40}", check=_varied),
-    Pattern("secret.gitlab_token", _START + r"glpat-[A-Za-z0-9_-]{20}", check=_varied),
-    Pattern("secret.slack_token", _START + r"xox[abposr]-[0-9]{10,13}-[0-9]{10,13}-[A-Za-z0-9-]{20}"),
-    Pattern("secret.slack_token", _START + r"xapp-[0-9]-[A-Z0-9]{8,12}-[0-9]{10,13}-[a-z0-9]{40}"),
+    Pattern("secret.aws_access_key", r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}", _END, check=_varied),
+    Pattern("secret.github_token", r"gh[pousr]_[A-Za-z0-9]{36}", check=_varied),
+    Pattern("secret.github_token", r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{40}", check=_varied),
+    Pattern("secret.gitlab_token", r"glpat-[A-Za-z0-9_-]{20}", check=_varied),
+    Pattern("secret.slack_token", r"xox[abposr]-[0-9]{10,13}-[0-9]{10,13}-[A-Za-z0-9-]{20}"),
+    Pattern("secret.slack_token", r"xapp-[0-9]-[A-Z0-9]{8,12}-[0-9]{10,13}-[a-z0-9]{40}"),
     Pattern(
         "secret.slack_webhook", r"https://hooks\.slack\.com/services/T[A-Z0-9]{8,11}/B[A-Z0-9]{8,11}/[A-Za-z0-9]{20}"
     ),
-    Pattern("secret.google_api_key", _START + r"AIza[A-Za-z0-9_-]{35}", check=_varied),
-    Pattern("secret.google_oauth_secret", _START + r"GOCSPX-[A-Za-z0-9_-]{28}", check=_varied),
-    Pattern("secret.stripe_key", _START + r"[sr]k_live_[A-Za-z0-9]{24}", check=_varied),
-    Pattern("secret.openai_key", _START + r"sk-[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}"),
-    Pattern("secret.openai_key", _START + r"sk-(?:proj|svcacct|admin)-[A-Za-z0-9_-]{40}", check=_varied),
-    Pattern("secret.anthropic_key", _START + r"sk-ant-[a-z]{2,8}[0-9]{2}-[A-Za-z0-9_-]{40}", check=_varied),
-    Pattern("secret.huggingface_token", _START + r"hf_[A-Za-z0-9]{34}", check=_varied),
-    Pattern("secret.npm_token", _START + r"npm_[A-Za-z0-9]{36}", check=_varied),
-    Pattern("secret.pypi_token", _START + r"pypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{50}"),
-    Pattern("secret.sendgrid_key", _START + r"SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}", check=_varied),
-    Pattern("secret.digitalocean_token", _START + r"do[opr]_v1_[a-f0-9]{64}", check=_varied),
+    Pattern("secret.google_api_key", r"AIza[A-Za-z0-9_-]{35}", check=_varied),
+    Pattern("secret.google_oauth_secret", r"GOCSPX-[A-Za-z0-9_-]{28}", check=_varied),
+    Pattern("secret.stripe_key", r"[sr]k_live_[A-Za-z0-9]{24}", check=_varied),
+    Pattern("secret.openai_key", r"sk-[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}"),
+    Pattern("secret.openai_key", r"sk-(?:proj|svcacct|admin)-[A-Za-z0-9_-]{40}", check=_varied),
+    Pattern("secret.anthropic_key", r"sk-ant-[a-z]{2,8}[0-9]{2}-[A-Za-z0-9_-]{40}", check=_varied),
+    Pattern("secret.huggingface_token", r"hf_[A-Za-z0-9]{34}", check=_varied),
+    Pattern("secret.npm_token", r"npm_[A-Za-z0-9]{36}", check=_varied),
+    Pattern("secret.pypi_token", r"pypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{50}"),
+    Pattern("secret.sendgrid_key", r"SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}", check=_varied),
+    Pattern("secret.digitalocean_token", r"do[opr]_v1_[a-f0-9]{64}", check=_varied),
     Pattern("secret.private_key", _PEM),
-    Pattern("secret.jwt", _START + r"eyJ[A-Za-z0-9_-]{10,160}\.eyJ[A-Za-z0-9_-]{10,240}\.[A-Za-z0-9_-]{16}"),
+    Pattern("secret.jwt", r"eyJ[A-Za-z0-9_-]{10,160}\.eyJ[A-Za-z0-9_-]{10,240}\.[A-Za-z0-9_-]{16}"),
     Pattern(
         "secret.assignment",
-        r"(?i:(?<![A-Za-z0-9])(?:api|access|auth|secret|private)?[_-]?(?:key|token|secret|password|passwd)[\"']?"
+        r"(?i:(?:api|access|auth|secret|private)?[_-]?(?:key|token|secret|password|passwd)[\"']?"
         r"[ \t]{0,3}(?::|=|:=)[ \t]{0,3}[\"'`]?[A-Za-z0-9+/_.-]{20,100}={0,2}[\"'`]?)",
         r"[^A-Za-z0-9+/_.=\"'`-]",
         score=0.6,
