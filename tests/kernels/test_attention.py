@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -90,6 +91,6 @@ def test_prefill_gives_the_same_bits_however_it_is_cut() -> None:
     query = torch.randn(230, 9, HEAD_DIM)
     whole = prefill_attention(query, cache, torch.tensor(padded_blocks(table, 230, 16)), 0, 0.25)
     for cuts in ([0, 1, 230], [0, 64, 128, 230], [0, 50, 51, 199, 230]):
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in itertools.pairwise(cuts):
             blocks = torch.tensor(padded_blocks(table, end, 16))
             assert torch.equal(prefill_attention(query[start:end], cache, blocks, start, 0.25), whole[start:end])
