@@ -1,0 +1,327 @@
+"""The whole mesh as real processes, with the fake engine, while things die in it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import pytest
+
+from meshlm.chassis.channels import open_channel
+from meshlm.chassis.config import Source
+from meshlm.chassis.errors import MeshError, Reason
+from meshlm.chassis.spans import StoredSpan, read_trace
+from meshlm.mesh.client import AsyncMesh, End, Start, Text
+from meshlm.mesh.config import MeshConfig
+from meshlm.mesh.launcher import LocalMesh, plan_mesh
+from meshlm.mesh.state import StateFolder
+from meshlm.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+pytestmark = pytest.mark.mesh
+
+CONFIG = """
+[worker]
+engine = "fake"
+hang_seconds = 2.0
+[worker.fake]
+step_seconds = {step}
+total_blocks = 512
+[router.server]
+listen = "unix:{root}/router"
+"""
+ONE = '[[mesh.workers]]\nname = "one"\n'
+TWO = ONE + '[[mesh.workers]]\nname = "two"\n'
+
+
+class Rig:
+    """A running mesh, a client of it, and ways to look inside."""
+
+    def __init__(self, mesh: LocalMesh, folder: StateFolder) -> None:
+        self.mesh = mesh
+        self.folder = folder
+        self.client = AsyncMesh(mesh.target, key=mesh.key, deadline=60)
+
+    async def load(self, worker: str = "one") -> worker_pb2.WatchLoadResponse:
+        """What a worker says of itself now."""
+        channel = open_channel(self.mesh.address(worker))
+        try:
+            call = worker_pb2_grpc.WorkerServiceStub(channel).WatchLoad(  # type: ignore[call-arg]
+                worker_pb2.WatchLoadRequest(watcher="test"), timeout=10, wait_for_ready=True
+            )
+            return await call.read()  # type: ignore[attr-defined,no-any-return]
+        finally:
+            await channel.close()
+
+    def engine(self, worker: str = "one") -> psutil.Process:
+        """The engine process of a worker."""
+        (engine,) = psutil.Process(self.mesh.pid(worker)).children()
+        return engine
+
+    def kill(self, name: str) -> None:
+        os.kill(self.mesh.pid(name), signal.SIGKILL)
+
+    async def text(self, question: str, **asked: Any) -> str:
+        return "".join([e.text async for e in self.stream(question, **asked) if isinstance(e, Text)])
+
+    def stream(self, question: str, **asked: Any) -> Any:
+        return self.client.stream(messages=[("user", question)], **{"temperature": 0.0, "max_tokens": 60, **asked})
+
+
+@asynccontextmanager
+async def running(workers: str = ONE, step: float = 0.02, extra: str = "") -> AsyncIterator[Rig]:
+    with TemporaryDirectory(prefix="meshlm-") as root:
+        file = Path(root) / "mesh.toml"
+        file.write_text(workers + CONFIG.format(root=root, step=step) + extra)
+        folder = StateFolder(Path(root) / "s")
+        folder.acquire()
+        config = MeshConfig(
+            ready_seconds=120, stop_seconds=20, workers=Source.read(file, {}).section("mesh", MeshConfig).workers
+        )
+        plan = plan_mesh(Source.read(file, {}), folder, config, config_path=file)
+        try:
+            async with LocalMesh(plan, folder, config) as mesh:
+                rig = Rig(mesh, folder)
+                yield rig
+                await rig.client.close()
+        finally:
+            folder.release()
+
+
+async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
+    async with asyncio.timeout(seconds):
+        while True:
+            result = condition()
+            if await result if asyncio.iscoroutine(result) else result:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def broken(stream: Any, after: int, act: Callable[[], None]) -> tuple[str, MeshError]:
+    """Read, `act` after so many tokens, and read on to the error."""
+    text = ""
+    with pytest.raises(MeshError) as caught:
+        async with aclosing(stream):
+            async for event in stream:
+                if isinstance(event, Text):
+                    text += event.text
+                    if event.token_offset + event.token_count == after:
+                        act()
+    return text, caught.value
+
+
+async def test_one_trace_leads_from_the_router_to_the_engine() -> None:
+    async with running() as rig:
+        events = [e async for e in rig.stream("one two three")]
+        start = next(e for e in events if isinstance(e, Start))
+
+        def spans() -> list[StoredSpan]:
+            return read_trace(str(rig.folder.spans), start.trace_id)
+
+        wanted = {
+            ("router", "StreamGenerate"), ("router", "router.admit"), ("router", "LookUp"), ("cache", "LookUp"),
+            ("router", "CheckInput"), ("guard", "CheckInput"), ("guard", "CheckOutput"), ("router", "RunGeneration"),
+            ("worker", "RunGeneration"), ("worker", "engine.queue"), ("worker", "engine.prefill"),
+            ("worker", "engine.decode"), ("router", "router.settle"), ("router", "Store"), ("cache", "Store"),
+        }  # fmt: skip
+
+        def seen() -> set[tuple[str, str]]:
+            return {(s.service.removeprefix("meshlm-"), s.name.rpartition("/")[2]) for s in spans()}
+
+        await until(lambda: wanted <= seen())
+        ids = {span.span_id for span in spans()}
+        assert [span.name for span in spans() if span.parent_id not in ids] == [
+            "meshlm.v1.InferenceService/StreamGenerate"
+        ]
+        assert not any("one two three" in str(span.attributes) for span in spans())
+        logs = "".join(file.read_text() for file in rig.folder.logs.iterdir())
+        assert start.request_id in logs
+        assert "one two three" not in logs
+
+
+async def test_a_killed_engine_ends_its_streams_with_a_reason_and_a_new_one_serves() -> None:
+    async with running() as rig:
+        whole = await rig.text("hello", cache="bypass")
+        stream = rig.stream("hello", cache="bypass")
+        text, error = await broken(stream, 10, rig.engine().kill)
+        assert error.reason == Reason.ENGINE_LOST
+        assert whole.startswith(text)
+
+        async def again() -> bool:
+            return (await rig.load()).counters.engine_starts == 2 and (await rig.load()).ready
+
+        await until(again)
+        assert await rig.text("hello", cache="bypass") == whole
+
+
+async def test_a_hung_engine_is_noticed_and_replaced() -> None:
+    async with running() as rig:
+        _, error = await broken(rig.stream("hello", cache="bypass"), 10, rig.engine().suspend)
+        assert error.reason == Reason.ENGINE_LOST
+
+        async def again() -> bool:
+            return (await rig.load()).ready
+
+        await until(again)
+        assert await rig.text("hello", cache="bypass")
+
+
+async def test_a_killed_worker_costs_its_stream_and_a_resumed_one_has_no_gap() -> None:
+    async with running(TWO) as rig:
+        whole = await rig.text("hello", cache="bypass")
+        text, killed = "", False
+        async for event in rig.stream("hello", cache="bypass", resumes=2):
+            if isinstance(event, Start) and not killed:
+                replica = event.routing.replica
+            if isinstance(event, Text):
+                text += event.text
+                if event.token_offset >= 10 and not killed:
+                    killed = True
+                    rig.kill(replica)
+            if isinstance(event, End):
+                assert event.usage.completion_tokens == 60
+        assert killed
+        assert text == whole
+
+
+async def test_a_killed_cache_costs_nothing_but_hits() -> None:
+    async with running() as rig:
+        whole = await rig.text("hello")
+        text = ""
+        async for event in rig.stream("hello again"):
+            if isinstance(event, Text):
+                if event.token_offset == 10:
+                    rig.kill("cache")
+                text += event.text
+        assert len(text) == len(whole)
+        await rig.mesh.wait_ready("cache")
+
+        async def hit() -> bool:
+            starts = [e async for e in rig.stream("hello") if isinstance(e, Start)]
+            return bool(starts[0].routing.reason == "cache_hit")
+
+        await until(hit)
+
+
+async def test_a_killed_valkey_costs_neither_streams_nor_service() -> None:
+    secret = "0" * 63 + "1"
+    keys = f'[[router.keys]]\nid = "k"\ntenant = "t"\nsecret_hash = "{_digest(secret)}"\ntokens_per_minute = 100000\n'
+    async with running(extra=keys) as rig:
+        rig.client = AsyncMesh(rig.mesh.target, key=secret, deadline=60)
+
+        async def ready() -> bool:
+            return any(m.ready_replicas for m in await rig.client.list_models())
+
+        await until(ready)
+        text = ""
+        async for event in rig.stream("hello"):
+            if isinstance(event, Text):
+                if event.token_offset == 10:
+                    rig.kill("valkey")
+                text += event.text
+        assert text
+        assert await rig.text("hello two") != ""
+
+
+async def test_a_killed_guard_refuses_and_then_serves_again() -> None:
+    async with running() as rig:
+        text, error = await broken(rig.stream("hello", cache="bypass"), 10, lambda: rig.kill("guard"))
+        assert error.reason == Reason.GUARD_UNAVAILABLE
+        assert text
+
+        async def served() -> bool:
+            try:
+                return bool(await rig.text("hello", cache="bypass"))
+            except MeshError as refused:
+                assert refused.reason == Reason.GUARD_UNAVAILABLE
+                return False
+
+        await until(served)
+
+
+async def test_a_mesh_that_ends_lets_streams_in_flight_end_whole() -> None:
+    async with running() as rig:
+        tokens, stopping = 0, None
+        async for event in rig.stream("hello", cache="bypass", max_tokens=100):
+            if isinstance(event, Text):
+                tokens += event.token_count
+                if stopping is None:
+                    stopping = asyncio.ensure_future(rig.mesh.stop())
+            if isinstance(event, End):
+                assert event.finish_reasons == {0: "length"}
+        assert tokens == 100
+        assert stopping is not None
+        await stopping
+
+
+async def test_two_hundred_cancelled_streams_leave_no_block_in_use() -> None:
+    async with running(step=0.005) as rig:
+
+        async def cancelled(number: int) -> None:
+            stream = rig.stream(f"number {number}", cache="bypass", max_tokens=500)
+            async with aclosing(stream):
+                async for event in stream:
+                    if isinstance(event, Text) and event.token_offset >= number % 7:
+                        return
+
+        async with asyncio.timeout(120):
+            await asyncio.gather(*(cancelled(number) for number in range(200)))
+
+        async def idle() -> bool:
+            load = await rig.load()
+            return load.running == load.waiting == 0 and load.free_blocks == load.total_blocks
+
+        await until(idle)
+        load = await rig.load()
+        assert load.counters.cancelled == 200
+        assert load.counters.blocks_freed_after_cancel >= 200
+
+
+async def test_a_slow_reader_holds_back_its_own_stream_and_nobody_elses() -> None:
+    async with running(step=0.002) as rig:
+        channel = open_channel(rig.mesh.target)
+        stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+        chat = generation_pb2.Chat(messages=[generation_pb2.Message(role="user", content="slow")])
+        sampling = generation_pb2.Sampling(temperature=0, max_tokens=1500, logprobs=20)
+        generation = generation_pb2.Generation(input=generation_pb2.Input(chat=chat), sampling=sampling)
+        slow = stub.StreamGenerate(
+            inference_pb2.StreamGenerateRequest(generation=generation),
+            metadata=[("authorization", f"Bearer {rig.mesh.key}")],
+        )
+        await slow.read()
+        texts = await asyncio.gather(*(rig.text(f"quick {n}", cache="bypass", max_tokens=100) for n in range(4)))
+        assert all(texts)
+        tokens = messages = 0
+        while (response := await slow.read()).WhichOneof("event") != "end":
+            tokens += response.chunk.token_count
+            messages += 1
+        assert tokens == 1500
+        assert messages < 1500  # what was behind came in fewer, larger chunks
+        await channel.close()
+
+
+async def test_limits_are_one_account_however_many_processes_ask() -> None:
+    secret = "0" * 63 + "2"
+    keys = f'[[router.keys]]\nid = "k"\ntenant = "t"\nsecret_hash = "{_digest(secret)}"\nrequests_per_minute = 5\n'
+    async with running(extra=keys, step=0.001) as rig:
+        rig.client = AsyncMesh(rig.mesh.target, key=secret, deadline=60)
+
+        async def ready() -> bool:
+            return any(m.ready_replicas for m in await rig.client.list_models())
+
+        await until(ready)
+        results = await asyncio.gather(*(rig.text(f"n {n}", max_tokens=5) for n in range(12)), return_exceptions=True)
+        refused = [r for r in results if isinstance(r, MeshError)]
+        assert len(refused) == 7
+        assert all(r.reason == Reason.RATE_LIMITED and r.retry_after and r.retry_after > 5 for r in refused)
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
