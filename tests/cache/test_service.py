@@ -1,0 +1,196 @@
+"""The cache over a real socket and a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+
+from meshlm.cache.config import CacheConfig
+from meshlm.cache.service import CacheService
+from meshlm.chassis.calls import CallInterceptor, Gate
+from meshlm.chassis.channels import open_channel
+from meshlm.chassis.config import StateConfig
+from meshlm.chassis.errors import Reason, from_rpc_error
+from meshlm.v1 import cache_pb2 as c
+from meshlm.v1 import cache_pb2_grpc
+from meshlm.v1 import generation_pb2 as g
+
+CONFIG = CacheConfig(max_answer_bytes=1_000, retry_seconds=0.2)
+
+
+class Rig:
+    def __init__(self, address: str, url: str) -> None:
+        self.service = CacheService(CONFIG, StateConfig(redis_url=url, timeout_seconds=0.3))
+        self.server = grpc.aio.server(
+            interceptors=[CallInterceptor(Gate())], options=[("grpc.max_receive_message_length", 64 * 1024)]
+        )
+        self.service.register(self.server)
+        self.server.add_insecure_port(address)
+        self.channel = open_channel(address)
+        self.stub: Any = cache_pb2_grpc.CacheServiceStub(self.channel)
+        self.redis: Any = Redis.from_url(url)
+
+    async def look_up(self, prompt: str = "Hello", *, wait: float = 0.0, **options: Any) -> c.LookUpResponse:
+        response: c.LookUpResponse = await self.stub.LookUp(lookup(prompt, wait=wait), **options)
+        return response
+
+    async def store(self, lead: c.LookUpResponse, text: str = "Hi") -> bool:
+        response = await self.stub.Store(c.StoreRequest(key=lead.key, flight=lead.flight, answer=answer(text)))
+        return bool(response.stored)
+
+    async def close(self) -> None:
+        await self.channel.close()
+        await self.server.stop(0)
+        await self.service.stop()
+        await self.redis.aclose()
+
+
+def lookup(prompt: str = "Hello", *, wait: float = 0.0) -> c.LookUpRequest:
+    generation = g.Generation(model="m", input=g.Input(prompt=prompt))
+    return c.LookUpRequest(tenant="t", generation=generation, model_revision="r", policy_version="p", wait_seconds=wait)
+
+
+def answer(text: str) -> c.CachedAnswer:
+    chunk = g.Chunk(text=text, token_count=1, finish_reason=g.FINISH_REASON_STOP)
+    return c.CachedAnswer(chunks=[chunk], usage=g.Usage(prompt_tokens=3, completion_tokens=1))
+
+
+@pytest.fixture
+async def rig(valkey: Any, tmp_path: Path) -> AsyncIterator[Rig]:
+    made = Rig(f"unix:{tmp_path}/s", valkey.url)
+    await made.redis.flushall()
+    await made.server.start()
+    yield made
+    await made.close()
+
+
+async def test_an_answer_comes_back_as_it_was_given_and_when(rig: Rig) -> None:
+    lead = await rig.look_up()
+    assert lead.outcome == c.LOOK_UP_OUTCOME_LEAD
+    assert await rig.store(lead)
+    hit = await rig.look_up()
+    assert hit.outcome == c.LOOK_UP_OUTCOME_HIT
+    assert time.time() - 60 < hit.answer.stored_at <= time.time()
+    hit.answer.ClearField("stored_at")
+    assert hit.answer == answer("Hi")
+    assert (await rig.look_up("Hello!")).outcome == c.LOOK_UP_OUTCOME_LEAD
+
+
+async def test_twenty_identical_lookups_get_one_lead(rig: Rig) -> None:
+    lookups = [asyncio.create_task(rig.look_up(wait=10)) for _ in range(20)]
+    done, waiting = await asyncio.wait(lookups, return_when=asyncio.FIRST_COMPLETED)
+    (lead,) = [task.result() for task in done]
+    assert lead.outcome == c.LOOK_UP_OUTCOME_LEAD
+    assert await rig.store(lead)
+    # Who came only after the store has a hit.
+    outcomes = {r.outcome for r in await asyncio.gather(*waiting)}
+    assert outcomes <= {c.LOOK_UP_OUTCOME_SHARED, c.LOOK_UP_OUTCOME_HIT}
+
+
+async def test_an_answer_too_large_is_not_kept_and_frees_those_who_wait(rig: Rig) -> None:
+    lead = await rig.look_up()
+    waiting = asyncio.create_task(rig.look_up(wait=10))
+    assert not await rig.store(lead, "x" * 1_000)
+    assert (await waiting).outcome == c.LOOK_UP_OUTCOME_LEAD
+
+
+async def test_a_wait_ends_before_the_callers_deadline(rig: Rig) -> None:
+    await rig.look_up()
+    waited = await rig.look_up(wait=60, timeout=0.5)
+    assert waited.outcome == c.LOOK_UP_OUTCOME_TIMEOUT
+
+
+async def test_a_release_lets_the_next_one_lead(rig: Rig) -> None:
+    lead = await rig.look_up()
+    await rig.stub.Release(c.ReleaseRequest(key=lead.key, flight=lead.flight))
+    assert (await rig.look_up()).outcome == c.LOOK_UP_OUTCOME_LEAD
+    assert not await rig.store(lead)
+
+
+async def test_a_caller_that_leaves_leaves_no_flight(rig: Rig) -> None:
+    for delay in (0.0, 0.0005, 0.001, 0.002, 0.004):
+        call = rig.stub.LookUp(lookup())
+        await asyncio.sleep(delay)
+        if not call.cancel():
+            continue
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        until = time.monotonic() + 5
+        while await rig.redis.keys("*flight*"):
+            assert time.monotonic() < until, f"a flight is left after a cancel at {delay}"
+            await asyncio.sleep(0.01)
+
+
+async def test_without_redis_everything_is_a_miss_and_with_it_again_nothing_is(
+    mortal_valkey: Any, tmp_path: Path
+) -> None:
+    rig = Rig(f"unix:{tmp_path}/s", mortal_valkey.url)
+    await rig.server.start()
+    lead = await rig.look_up()
+    mortal_valkey.kill()
+    for _ in range(3):
+        assert (await rig.look_up(timeout=5)).outcome == c.LOOK_UP_OUTCOME_UNSPECIFIED
+    assert not await rig.store(lead)
+    await rig.stub.Release(c.ReleaseRequest(key=lead.key, flight=lead.flight))
+    mortal_valkey.start()
+    until = time.monotonic() + 10
+    while (await rig.look_up()).outcome == c.LOOK_UP_OUTCOME_UNSPECIFIED:
+        assert time.monotonic() < until
+        await asyncio.sleep(0.02)
+    await rig.close()
+
+
+async def test_a_service_starts_without_redis(tmp_path: Path) -> None:
+    rig = Rig(f"unix:{tmp_path}/s", f"unix://{tmp_path}/none.sock")
+    await rig.service.start(None)  # type: ignore[arg-type]
+    await rig.server.start()
+    assert (await rig.look_up(timeout=5)).outcome == c.LOOK_UP_OUTCOME_UNSPECIFIED
+    await rig.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "field"),
+    [
+        ("LookUp", c.LookUpRequest(tenant="t"), "generation.input"),
+        ("LookUp", c.LookUpRequest(generation=g.Generation(input=g.Input(prompt="a"))), "tenant"),
+        ("LookUp", lookup(wait=-1), "wait_seconds"),
+        ("LookUp", lookup(wait=float("nan")), "wait_seconds"),
+        ("Store", c.StoreRequest(key="*", flight="f"), "key"),
+        ("Store", c.StoreRequest(key="a" * 16 + ":" + "b" * 64), "flight"),
+        ("Release", c.ReleaseRequest(key="a" * 16 + ":" + "b" * 63, flight="f"), "key"),
+    ],
+)
+async def test_a_wrong_request_is_refused_by_its_field(rig: Rig, method: str, request_: Any, field: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        await getattr(rig.stub, method)(request_)
+    error = from_rpc_error(caught.value)
+    assert error.reason == Reason.REQUEST_INVALID
+    assert error.metadata["field"] == field
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(junk=st.binary(max_size=400), method=st.sampled_from(["LookUp", "Store", "Release"]))
+async def test_bytes_that_are_no_message_get_a_status_and_leave_the_service_alive(
+    rig: Rig, junk: bytes, method: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        await rig.channel.unary_unary(f"/meshlm.v1.CacheService/{method}")(junk, timeout=10)
+    # INTERNAL is grpcio's own word for bytes that do not parse.
+    assert caught.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL)
+    assert (await rig.look_up()).outcome != c.LOOK_UP_OUTCOME_UNSPECIFIED
+
+
+async def test_an_oversized_message_gets_a_status_and_leaves_the_service_alive(rig: Rig) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        await rig.look_up("a" * 100_000)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await rig.look_up()).outcome == c.LOOK_UP_OUTCOME_LEAD
