@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -12,14 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import grpc
 import pytest
 
 from meshlm.chassis.config import ConfigError, Source
+from meshlm.chassis.errors import MeshError, Reason
+from meshlm.mesh.client import AsyncMesh
 from meshlm.mesh.config import MeshConfig
-from meshlm.mesh.launcher import GaveUp, LocalMesh, NotReady
+from meshlm.mesh.launcher import AddressTaken, GaveUp, LocalMesh, NotReady, isolated_mesh
 from meshlm.mesh.plan import MeshPlan, Planner, ProcessPlan
-from meshlm.mesh.process import Died, ProcessEvent, Ready
+from meshlm.mesh.process import Died, ProcessEvent, Ready, Stopped
 from meshlm.mesh.state import MeshNotRunningError, StateFolder, StateFolderError
+from meshlm.mesh.status import load_of
 from tests.mesh.fakes import failing, plan, service
 
 QUICK = MeshConfig(ready_seconds=60.0, stop_seconds=10.0)
@@ -221,3 +226,151 @@ class TestProcesses:
         launcher.kill()
         await launcher.wait()
         await until(lambda: not alive(child))
+
+
+FAKE = {
+    "MESHLM__WORKER__ENGINE": "fake",
+    "MESHLM__WORKER__MODEL": "letters",
+    "MESHLM__MESH__READY_SECONDS": "120.0",
+    "MESHLM__MESH__STOP_SECONDS": "20.0",
+}
+
+
+async def letters(mesh: LocalMesh, prompt: str = "hello") -> str:
+    async with AsyncMesh(mesh.target, key=mesh.key) as client:
+        return (await client.generate(messages=[("user", prompt)], temperature=0.0, max_tokens=32)).text
+
+
+@pytest.mark.mesh
+class TestRealServices:
+    async def test_the_mesh_answers_drains_and_leaves_nothing(self, root: Path) -> None:
+        events: list[ProcessEvent] = []
+        with isolated_mesh(root / "state", FAKE, tell=events.append) as mesh:
+            async with mesh:
+                answer = await letters(mesh)
+                pids = [service.pid for service in mesh.running().services]
+        assert answer
+        assert not any(alive(pid) for pid in pids)
+        ends = [event for event in events if isinstance(event, Stopped)]
+        assert [event.name for event in ends] == ["router", "worker", "guard", "cache", "valkey"]
+        assert all(event.clean for event in ends)
+
+    async def test_it_answers_again_after_each_service_was_killed(self, root: Path) -> None:
+        events: list[ProcessEvent] = []
+        with isolated_mesh(root / "state", FAKE, tell=events.append) as mesh:
+            async with mesh:
+                for i, service in enumerate(mesh.running().services):
+                    os.kill(service.pid, signal.SIGKILL)
+                    await until(lambda done=i: sum(isinstance(event, Died) for event in events) == done + 1)
+                    async with asyncio.timeout(60):
+                        await mesh.wait_ready(service.name)
+                        await answers(mesh, f"after {service.name}")
+                assert [event.name for event in events if isinstance(event, Died)] == [
+                    service.name for service in mesh.running().services
+                ]
+
+    async def test_two_meshes_run_side_by_side(self, root: Path) -> None:
+        with isolated_mesh(root / "a", FAKE) as a, isolated_mesh(root / "b", FAKE) as b:
+            async with a, b:
+                assert await letters(a) == await letters(b)
+                assert a.key != b.key
+                async with AsyncMesh(a.target, key=b.key) as client:
+                    with pytest.raises(MeshError) as caught:
+                        await client.list_models()
+        assert caught.value.reason is Reason.KEY_INVALID
+
+    async def test_several_workers_of_one_machine_are_all_in_use(self, root: Path) -> None:
+        workers = {"MESHLM__MESH__WORKERS": '[{name = "one"}, {name = "two", overrides = {"fake.block_size" = "32"}}]'}
+        with isolated_mesh(root, {**FAKE, **workers}) as mesh:
+            async with mesh, AsyncMesh(mesh.target, key=mesh.key) as client:
+                (model,) = await client.list_models()
+                assert model.ready_replicas == 2
+                loads = [await load_of(mesh.address(name)) for name in ("one", "two")]
+        assert [(load.replica, load.block_size) for load in loads if load] == [("one", 16), ("two", 32)]
+
+    def test_an_address_in_use_is_told_before_anything_starts(self, root: Path) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            overrides = {**FAKE, "MESHLM__ROUTER__SERVER__LISTEN": address}
+            with (
+                isolated_mesh(root, overrides) as mesh,
+                pytest.raises(AddressTaken, match=rf"router cannot have {address} .*router\.server\.listen"),
+            ):
+                asyncio.run(mesh.start())
+
+
+async def answers(mesh: LocalMesh, prompt: str) -> None:
+    """Until the mesh answers again: the router may need a moment to hear of a service that came back."""
+    while True:
+        try:
+            assert await letters(mesh, prompt)
+            return
+        except MeshError as error:
+            assert error.status is grpc.StatusCode.UNAVAILABLE, error
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.mesh
+class TestUp:
+    """The command itself, as a person runs it."""
+
+    async def start(self, root: Path, **environ: str) -> asyncio.subprocess.Process:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MESHLM_")}
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "meshlm.mesh.cli", "up", "--state-dir", str(root)),
+            env={**inherited, **FAKE, "MESHLM__ROUTER__SERVER__LISTEN": f"unix:{root}/router.sock", **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    async def ready(self, up: asyncio.subprocess.Process) -> str:
+        """What it printed until it was ready."""
+        assert up.stdout is not None
+        async with asyncio.timeout(120):
+            return (await up.stdout.readuntil(b"ready")).decode()
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    async def test_a_signal_drains_and_exits_0(self, root: Path, number: signal.Signals) -> None:
+        up = await self.start(root)
+        shown = await self.ready(up)
+        assert all(name in shown for name in ("valkey", "guard", "cache", "worker", "router"))
+        services = StateFolder(root).running().services
+        up.send_signal(number)
+        out, err = await asyncio.wait_for(up.communicate(), 60)
+        assert (up.returncode, err) == (0, b"")
+        assert out.decode().count("ended") == 5
+        assert not any(alive(service.pid) for service in services)
+        with pytest.raises(MeshNotRunningError):
+            StateFolder(root).running()
+
+    async def test_a_signal_while_it_starts_also_exits_0(self, root: Path) -> None:
+        up = await self.start(root)
+        await until(lambda: (root / "logs" / "router.log").exists(), 60)
+        up.send_signal(signal.SIGINT)
+        _, err = await asyncio.wait_for(up.communicate(), 60)
+        assert (up.returncode, err) == (0, b"")
+
+    async def test_a_second_mesh_on_the_folder_is_refused_with_a_reason(self, root: Path) -> None:
+        holder = StateFolder(root)
+        holder.acquire()
+        second = await self.start(root)
+        _, err = await asyncio.wait_for(second.communicate(), 60)
+        holder.release()
+        assert second.returncode == 1
+        assert f"already runs on {root} (pid {os.getpid()})" in err.decode()
+
+    async def test_a_second_signal_kills_what_does_not_drain(self, root: Path) -> None:
+        up = await self.start(root)
+        await self.ready(up)
+        running = StateFolder(root).running()
+        router = next(service for service in running.services if service.part == "router")
+        os.kill(router.pid, signal.SIGSTOP)  # it will never drain
+        up.send_signal(signal.SIGINT)
+        assert up.stdout is not None
+        await asyncio.wait_for(up.stdout.readuntil(b"draining"), 10)
+        up.send_signal(signal.SIGINT)
+        await asyncio.wait_for(up.communicate(), 15)
+        assert up.returncode == 1
+        assert not any(alive(service.pid) for service in running.services)

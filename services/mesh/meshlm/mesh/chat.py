@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
 
 from meshlm.chassis.errors import MeshError
 from meshlm.mesh.client import Mesh
-from meshlm.mesh.events import End, Start, Text
 from meshlm.mesh.requests import Asked
 from meshlm.mesh.settings import add_endpoint_arguments, find_endpoint
+from meshlm.mesh.told import Told
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,60 +77,18 @@ def _ask(console: Console) -> str | None:
         return None
 
 
-@dataclass
-class Told:
-    """An answer as the terminal saw it."""
-
-    text: str = ""
-    request_id: str = ""
-    trace_id: str = ""
-    routing_reason: str = ""
-    first_token: float = 0.0  # seconds from the call to the first text
-    total: float = 0.0  # seconds from the call to the end
-    tokens: int = 0
-    cancelled: bool = False
-    end: End | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the tokens after the first."""
-        seconds = self.total - self.first_token
-        return (self.tokens - 1) / seconds if self.tokens > 1 and seconds > 0 else 0.0
-
-    def summary(self) -> str:
-        """One line of figures."""
-        reasons = ", ".join(self.end.finish_reasons.values()) if self.end else "cancelled"
-        rate = f"{self.tokens_per_second:.1f} tokens/s, " if self.tokens > 1 else ""
-        return (
-            f"first token after {self.first_token * 1000:.0f} ms, {rate}{self.tokens} tokens in {self.total:.2f} s, "
-            f"{reasons}, {self.routing_reason}; request {self.request_id}"
-        )
-
-
 def answer(
     mesh: Mesh, turns: Sequence[tuple[str, str]], options: Asked, console: Console, *, stats: bool = False
 ) -> Told:
     """Stream one answer to the console; Ctrl-C ends it. Raises MeshError."""
-    told, begun = Told(), time.perf_counter()
+    told = Told()
     asked = Asked(**options, messages=turns)
     with contextlib.closing(mesh.stream(**asked)) as events:
         try:
             for event in events:
-                match event:
-                    case Start():
-                        told.request_id, told.trace_id = event.request_id, event.trace_id
-                        told.routing_reason = event.routing.reason
-                    case Text():
-                        if event.text and not told.text:
-                            told.first_token = time.perf_counter() - begun
-                        told.text += event.text
-                        told.tokens = event.usage.completion_tokens
-                        console.print(event.text, end="", markup=False)
-                    case End():
-                        told.end, told.tokens = event, event.usage.completion_tokens
+                console.print(told.hear(event), end="", markup=False)
         except KeyboardInterrupt:
-            told.cancelled = True
-    told.total = time.perf_counter() - begun
+            told.cancel()
     console.print(" [yellow](cancelled)[/]" if told.cancelled else "")
     if stats:
         console.print(f"[dim]{escape(told.summary())}[/]")

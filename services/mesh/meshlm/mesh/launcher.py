@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +22,7 @@ from meshlm.chassis.channels import open_channel
 from meshlm.chassis.config import Source
 from meshlm.mesh.config import MeshConfig
 from meshlm.mesh.health import UNSAMPLED
-from meshlm.mesh.plan import MeshPlan, Planner, ProcessPlan
+from meshlm.mesh.plan import MeshPlan, Planner, ProcessPlan, variable
 from meshlm.mesh.process import Child, GaveUp, ProcessEvent, Ready, Started
 from meshlm.mesh.state import RunningMesh, RunningService, StateFolder
 from meshlm.v1 import inference_pb2, inference_pb2_grpc
@@ -48,9 +49,10 @@ class LocalMesh:
         folder: StateFolder,
         config: MeshConfig,
         *,
+        environ: Mapping[str, str] | None = None,
         tell: Callable[[ProcessEvent], None] = lambda event: None,
     ) -> None:
-        """The folder must be acquired; `tell` hears of every start, death and end."""
+        """The folder must be acquired. `environ` (default: ours) goes to every process; `tell` hears what happens."""
         self.plan = plan
         self.target = plan.router
         self.key = plan.key
@@ -58,7 +60,8 @@ class LocalMesh:
         self._config = config
         self._listener = tell
         self._up = False
-        self._children = [Child(process, folder.log(process.name), self._tell) for process in plan.processes]
+        environ = os.environ if environ is None else environ
+        self._children = [Child(made, folder.log(made.name), environ, self._tell) for made in plan.processes]
         self._keepers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -212,4 +215,26 @@ def plan_mesh(source: Source, folder: StateFolder, config: MeshConfig, *, config
     return planner.plan(folder.key() if planner.needs_key else "")
 
 
-__all__ = ["AddressTaken", "GaveUp", "LocalMesh", "NotReady", "plan_mesh"]
+@contextmanager
+def isolated_mesh(
+    root: Path, overrides: Mapping[str, str], *, tell: Callable[[ProcessEvent], None] = lambda event: None
+) -> Iterator[LocalMesh]:
+    """A mesh, not yet started, that knows nothing of this machine's configuration: for the demo and for tests.
+
+    `overrides` are MESHLM__ variables. Its router listens in `root`, so that any number of them can run.
+    """
+    folder = StateFolder(root)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MESHLM_")}
+    folder.acquire()
+    try:
+        listen = {variable("router", "server", "listen"): f"unix:{folder.socket('router')}"}
+        environ = {**inherited, **listen, **overrides}
+        source = Source.read(None, environ)
+        config = source.section("mesh", MeshConfig)
+        plan = Planner(source, config, folder, environ=environ).plan(folder.key())
+        yield LocalMesh(plan, folder, config, environ=environ, tell=tell)
+    finally:
+        folder.release()
+
+
+__all__ = ["AddressTaken", "GaveUp", "LocalMesh", "NotReady", "isolated_mesh", "plan_mesh"]

@@ -27,7 +27,7 @@ class ProcessPlan:
     name: str
     part: Part
     command: tuple[str, ...]
-    # Added to the launcher's own environment.
+    # Laid over the environment of the launcher.
     environment: Mapping[str, str]
     # gRPC target, or for Valkey its URL.
     address: str

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +73,12 @@ class GaveUp(Exception):  # noqa: N818  # it is what the launcher does
 class Child:
     """Keeps one planned process alive until it is stopped."""
 
-    def __init__(self, plan: ProcessPlan, log: Path, tell: Callable[[ProcessEvent], None]) -> None:
+    def __init__(
+        self, plan: ProcessPlan, log: Path, environ: Mapping[str, str], tell: Callable[[ProcessEvent], None]
+    ) -> None:
+        """`environ` is what the plan's own environment is laid over."""
         self.plan = plan
+        self._environ = environ
         self.log = log
         self.ready = asyncio.Event()
         self.pid = 0  # of the last start
@@ -138,7 +142,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **self.plan.environment},
+                env={**self._environ, **self.plan.environment},
                 start_new_session=True,
             )
         self.pid = self._process.pid

@@ -62,11 +62,11 @@ async def _serve_until_told(mesh: LocalMesh, teller: Teller, console: Console, t
             serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await serving
-        return 1 if told.second.is_set() else 0
     finally:
         await mesh.stop()
         stopping.cancel()
         killing.cancel()
+    return 1 if told.second.is_set() else 0
 
 
 async def _start_and_wait(mesh: LocalMesh, teller: Teller, console: Console) -> None:
