@@ -26,6 +26,7 @@ from meshlm.mesh.process import ProcessEvent, Stopped
 from meshlm.mesh.requests import Asked
 from meshlm.mesh.state import StateFolder
 from meshlm.mesh.status import load_of
+from meshlm.mesh.terminal import open_console
 from meshlm.mesh.told import Told
 from meshlm.mesh.trace import waterfall
 from meshlm.mesh.up import Teller, services_table, start_with_progress
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """`meshlm demo`: 0 only if everything shown really happened."""
-    console = Console(highlight=False)
+    console = open_console()
     begun = time.monotonic()
     fetch(console=console)
     try:

@@ -8,9 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from meshlm.cache.config import CacheConfig
 from meshlm.chassis.config import ConfigError, Source, StateConfig, TelemetryConfig, masked
@@ -18,6 +16,7 @@ from meshlm.guard.config import GuardConfig
 from meshlm.mesh.config import MeshConfig
 from meshlm.mesh.plan import Planner
 from meshlm.mesh.settings import Settings, add_config_arguments, read_settings
+from meshlm.mesh.terminal import open_console, plain_table
 from meshlm.router.config import RouterConfig
 from meshlm.worker.config import WorkerConfig
 
@@ -53,13 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
         found = [value for value in found if value.service == arguments.service]
     if not found:
         raise ConfigError(f"{arguments.service}: `meshlm up` would start no such service")
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("service", "key", "value", "from"):
-        table.add_column(column, overflow="fold")
+    table = plain_table("service", "key", "value", "from")
     for service, key, value, origin in found:
         style = "dim" if origin == "default" else ""
         table.add_row(service, key, escape(json.dumps(value, ensure_ascii=False)), origin, style=style)
-    Console().print(table)
+    open_console().print(table)
     return 0
 
 

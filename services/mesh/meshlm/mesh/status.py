@@ -18,6 +18,7 @@ from meshlm.mesh.client import Mesh
 from meshlm.mesh.health import SERVING, UNSAMPLED, grpc_health, valkey_health
 from meshlm.mesh.settings import add_config_arguments, add_endpoint_arguments, find_endpoint, read_settings
 from meshlm.mesh.state import RunningService
+from meshlm.mesh.terminal import open_console, plain_table
 from meshlm.v1 import worker_pb2, worker_pb2_grpc
 
 _SECONDS = 2.0
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`meshlm status`: 1 where something does not serve."""
     running = read_settings(arguments).folder.running()
-    return asyncio.run(_show(list(running.services), Console()))
+    return asyncio.run(_show(list(running.services), open_console()))
 
 
 def add_models_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,18 +54,18 @@ def run_models(arguments: argparse.Namespace) -> int:
     endpoint = find_endpoint(arguments)
     with Mesh(endpoint.target, key=endpoint.key, deadline=10.0) as mesh:
         models = mesh.list_models()
-    table = _table("model", "revision", "context", "replicas", "adapters")
+    table = plain_table("model", "revision", "context", "replicas", "adapters")
     for model in models:
         name = f"{escape(model.name)}{' (default)' if model.is_default else ''}"
         adapters = ", ".join(model.adapters) or "-"
         table.add_row(name, model.revision[:12], str(model.max_context), str(model.ready_replicas), escape(adapters))
-    Console().print(table)
+    open_console().print(table)
     return 0
 
 
 async def _show(services: list[RunningService], console: Console) -> int:
     healths = await asyncio.gather(*(check(service) for service in services))
-    table = _table("service", "health", "answers in", "pid", "address")
+    table = plain_table("service", "health", "answers in", "pid", "address")
     for service, health in zip(services, healths, strict=True):
         style = "green" if health.serving else "red"
         took = f"{health.milliseconds:.1f} ms"
@@ -101,7 +102,9 @@ async def load_of(target: str) -> worker_pb2.WatchLoadResponse | None:
 
 
 def _loads_table(loads: list[worker_pb2.WatchLoadResponse]) -> Table:
-    table = _table("replica", "model", "running", "waiting", "blocks in use", "step", "steps", "cancelled", "engines")
+    table = plain_table(
+        "replica", "model", "running", "waiting", "blocks in use", "step", "steps", "cancelled", "engines"
+    )
     for load in loads:
         used = load.total_blocks - load.free_blocks
         table.add_row(
@@ -115,11 +118,4 @@ def _loads_table(loads: list[worker_pb2.WatchLoadResponse]) -> Table:
             str(load.counters.cancelled),
             str(load.counters.engine_starts),
         )
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in columns:
-        table.add_column(column, overflow="fold")
     return table

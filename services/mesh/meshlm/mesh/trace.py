@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +17,7 @@ from rich.text import Text
 from meshlm.chassis.spans import StoredSpan, read_trace, recent_traces
 from meshlm.chassis.telemetry import Name
 from meshlm.mesh.settings import add_config_arguments, read_settings
+from meshlm.mesh.terminal import open_console, plain_table
 
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green")
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     store = read_settings(arguments).span_store
     if not Path(store).exists():
         raise NoTraceError(f"no spans in {store}: has a mesh run here?")
-    console = Console()
+    console = open_console()
     try:
         console.print(waterfall(find(store, arguments.id), console.width) if arguments.id else recent(store))
     except sqlite3.Error as error:
@@ -113,9 +113,7 @@ def bar_of(start: int, end: int, total: int, width: int) -> str:
 
 def recent(store: str, limit: int = 20) -> Table:
     """The recent requests, newest first."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("request", "trace", "at", "took", "what", ""):
-        table.add_column(column, overflow="fold")
+    table = plain_table("request", "trace", "at", "took", "what", "")
     for trace_id, request_id in recent_traces(store, limit):
         spans = read_trace(store, trace_id)
         if not spans:

