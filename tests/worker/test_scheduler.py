@@ -229,6 +229,21 @@ def test_the_newest_is_preempted_and_says_the_same_afterwards() -> None:
     assert b.scheduler.load().preemptions_total == 1
 
 
+def test_preempted_sequences_take_no_place_in_the_queue_from_new_ones() -> None:
+    b = bench(6, SchedulerSettings(max_running=2, max_waiting=1, chunk_tokens=8, step_tokens=20))
+    b.engine.submit(submit("old", [3] * 8, max_tokens=12, arrival=1.0))
+    b.step()
+    b.engine.submit(submit("preempted", [4] * 8, max_tokens=12, arrival=2.0))
+    while not b.scheduler.totals.preemptions:
+        b.step()
+    assert [sequence.id for sequence in b.scheduler.waiting] == ["preempted"]
+    b.engine.submit(submit("new", [5], arrival=3.0))
+    b.engine.submit(submit("refused", [5], arrival=3.0))
+    b.drain()
+    assert b.finished["refused"].reason is Finish.OVERLOADED
+    assert [b.finished[name].reason for name in ("old", "preempted", "new")] == [Finish.LENGTH] * 3
+
+
 def test_out_of_memory_ends_the_newest_and_the_others_go_on() -> None:
     b = bench(fail_at={2})
     for name, arrival in [("old", 1.0), ("newest", 3.0), ("middle", 2.0)]:

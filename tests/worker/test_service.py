@@ -241,6 +241,33 @@ async def test_inputs_are_counted_as_they_will_be_computed() -> None:
         assert (counted.prompt_tokens, counted.token_text) == (4, "abc<|end|>")
 
 
+async def test_a_model_that_cannot_be_read_ends_the_worker_with_its_reason_in_the_log(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"no model")
+    variables = {"MODEL_PATH": str(broken), "SERVER__LISTEN": f"unix:{tmp_path}/w", "SERVER__ADMIN_LISTEN": ""}
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "meshlm.worker.main"],
+        env=os.environ | {f"MESHLM__WORKER__{key}": value for key, value in variables.items()},
+        capture_output=True,
+        text=True,
+        timeout=STARTING_SECONDS,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "the model cannot be read" in ended.stderr
+    assert str(broken) in ended.stderr
+
+
+async def test_sigterm_while_the_engine_loads_ends_both_and_exits_with_zero(tmp_path: Path) -> None:
+    worker = Worker(tmp_path, hang_seconds=1)
+    await worker.health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=STARTING_SECONDS)
+    children = _children(worker.process.pid)
+    assert await worker.end() == 0
+    assert not any(map(_alive, children))
+    await worker.channel.close()
+
+
 async def test_the_engine_is_gone_when_the_worker_was_killed() -> None:
     async with running() as worker:
         children = _children(worker.process.pid)

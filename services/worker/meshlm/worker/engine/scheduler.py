@@ -97,7 +97,7 @@ class Scheduler:
         self._live[sequence.id] = sequence
         if len(sequence.tokens) >= self.longest:
             self._end(sequence, Finish.TOO_LONG, now)
-        elif len(self.waiting) >= self.settings.max_waiting:
+        elif self._unstarted() >= self.settings.max_waiting:
             self._end(sequence, Finish.OVERLOADED, now)
         else:
             self._wait(sequence)
@@ -167,6 +167,10 @@ class Scheduler:
             freed_after_cancel_total=self.totals.freed_after_cancel,
             out_of_memory_total=self.totals.out_of_memory,
         )
+
+    def _unstarted(self) -> int:
+        """Waiting sequences, less those that were preempted: these were let in before."""
+        return sum(sequence.preemptions == 0 for sequence in self.waiting)
 
     # Who goes on?
 

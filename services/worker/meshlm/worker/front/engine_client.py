@@ -248,6 +248,9 @@ class EngineClient:
             await engine.start()
             self._process = engine
             why = await self._until_gone(engine)
+        except Exception:  # no process to be had, or words that are none: the next engine may do better
+            log.exception("engine cannot be started or understood")
+            why = "the engine could not be started"
         finally:
             self._engine = self._process = self.load = None
             self._lose_streams(why)
