@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,12 @@ import msgspec
 from meshlm.chassis.config import ServerConfig
 from meshlm.worker.engine.scheduler import SchedulerSettings
 from meshlm.worker.fake import FakeSettings
+
+
+def default_cache_dir() -> Path:
+    """`meshlm/digests` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "meshlm" / "digests"
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,8 @@ class WorkerConfig:
     model: str = ""
     # A GGUF file or a Hugging Face folder; none only for the fake engine.
     model_path: Path | None = None
+    # Folder that keeps digests of model files, so that they are read for it once.
+    cache_dir: Path = field(default_factory=default_cache_dir)
     # `fake` makes letters without a model: for tests of everything around one.
     engine: Literal["torch", "fake"] = "torch"
     # `auto`: int8 weights on a CPU that can multiply them, else none.

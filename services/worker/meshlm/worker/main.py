@@ -19,9 +19,10 @@ from meshlm.worker.front.engine_client import EngineClient
 from meshlm.worker.front.engine_process import EngineSettings
 from meshlm.worker.front.measures import Measures
 from meshlm.worker.front.prompts import Prompts
-from meshlm.worker.front.revision import file_digest, revision
 from meshlm.worker.front.service import ServedModel, WorkerServicer
 from meshlm.worker.loading.errors import ModelFileError
+from meshlm.worker.loading.revision import model_revision
+from meshlm.worker.messages import ModelFacts
 from meshlm.worker.text.tokenizer import Tokenizer
 
 log = structlog.get_logger()
@@ -63,7 +64,7 @@ class WorkerService:
         except ModelFileError as error:
             log.error("the model cannot be read", path=str(error.path), reason=error.reason)
             raise
-        self._servicer.model = ServedModel(prompts, facts, revision(digest, facts.quantization))
+        self._servicer.model = ServedModel(prompts, facts, self._revision(digest, facts))
         self._client.wake_watchers()
 
     async def drain(self) -> None:
@@ -81,7 +82,12 @@ class WorkerService:
         if self._config.model_path is None:
             return Prompts(fake_tokenizer()), "fake"
         tokenizer = Tokenizer.load(self._config.model_path)
-        return Prompts(tokenizer), file_digest(self._config.model_path)
+        return Prompts(tokenizer), model_revision(self._config.model_path, self._config.cache_dir)
+
+    def _revision(self, digest: str, facts: ModelFacts) -> str:
+        """Weights that are rounded while loading give other answers, so they have another revision."""
+        rounded = [name for name in (facts.quantization, self._config.dtype) if name not in ("none", "float32")]
+        return "-".join([digest[:16], *rounded])
 
 
 def build(source: Source) -> tuple[WorkerService, ServerConfig, Callable[[], dict[str, Any]]]:
