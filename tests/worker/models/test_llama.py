@@ -42,7 +42,7 @@ def quiet(stage: str, done: int, total: int) -> None:
 
 def runner_for(path: Path, **changes: Any) -> TorchRunner:
     return load_runner(
-        RunnerSettings(model=path, threads=2, kv_blocks=64, **({"quantization": "none"} | changes)), quiet
+        RunnerSettings(model=path, threads=1, kv_blocks=64, **({"quantization": "none"} | changes)), quiet
     )
 
 

@@ -71,7 +71,7 @@ class ChatTemplate:
             )
         except _Refused as error:
             raise ChatTemplateError(str(error), refused=True) from None
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is a program, and may fail in any way
             raise ChatTemplateError(f"the chat template failed: {error}", refused=False) from None
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
