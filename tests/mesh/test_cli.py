@@ -5,23 +5,30 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import io
 import os
 import re
+import subprocess
+import sys
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from rich.console import Console
 
 from meshlm.chassis.config import Source
+from meshlm.chassis.errors import MeshError, Reason
 from meshlm.mesh import chat, model
 from meshlm.mesh.cli import COMMANDS, run
-from meshlm.mesh.client import Mesh
+from meshlm.mesh.client import AsyncMesh, Mesh
 from meshlm.mesh.config import MeshConfig
+from meshlm.mesh.demo import Demo, DemoFailed
 from meshlm.mesh.model import PackagedModel
 from meshlm.mesh.show import SERVICES, SHARED
+from meshlm.mesh.told import Told
 from meshlm.router.config import KeyConfig
 from tests.mesh.fakes import KEY, WORDS, ScriptedRouter
 
@@ -202,8 +209,8 @@ class TestChat:
     ) -> None:
         router.stalls_after = 2
 
-        def interrupted() -> chat.Told:
-            console = chat.Console(highlight=False)
+        def interrupted() -> Told:
+            console = Console(highlight=False)
             shown = console.print
 
             def press_ctrl_c(*pieces: Any, **options: Any) -> None:
@@ -233,6 +240,40 @@ def _no_more(said: Any) -> str:
     if said.__length_hint__() == 0:
         raise EOFError
     return ""
+
+
+class TestDemo:
+    """It must fail where something did not happen; here, nearly nothing does."""
+
+    @pytest.fixture
+    async def demo(self, router: ScriptedRouter) -> AsyncIterator[Demo]:
+        async with AsyncMesh(router.target, key=KEY) as client:
+            yield Demo(client, router.target, "/nonexistent/spans.db", Console(file=io.StringIO()))
+
+    async def test_a_second_answer_that_was_computed_again_fails_it(self, demo: Demo) -> None:
+        first = await demo.answers()
+        with pytest.raises(DemoFailed, match="did not come from the cache"):
+            await demo.answers_again(first)
+
+    async def test_an_answered_jailbreak_fails_it(self, demo: Demo) -> None:
+        with pytest.raises(DemoFailed, match="was answered"):
+            await demo.refuses()
+
+    async def test_a_refusal_for_another_reason_fails_it(self, demo: Demo, router: ScriptedRouter) -> None:
+        router.refusal = MeshError(Reason.OVERLOADED, "busy")
+        with pytest.raises(DemoFailed, match="OVERLOADED"):
+            await demo.refuses()
+
+    @pytest.mark.mesh
+    @pytest.mark.model
+    async def test_on_the_real_model_all_of_it_happens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("MESHLM_CACHE")
+        demo = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "meshlm.mesh.cli", "demo"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        out, err = await demo.communicate()
+        assert (demo.returncode, err) == (0, b"")
+        assert "from the cache" in out.decode()
 
 
 class TestModelFetch:

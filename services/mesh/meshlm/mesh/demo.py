@@ -20,7 +20,7 @@ from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.spans import StoredSpan, read_trace
 from meshlm.mesh.client import AsyncMesh
 from meshlm.mesh.events import Text
-from meshlm.mesh.launcher import LocalMesh, isolated_mesh
+from meshlm.mesh.launcher import isolated_mesh
 from meshlm.mesh.model import fetch
 from meshlm.mesh.process import ProcessEvent, Stopped
 from meshlm.mesh.requests import Asked
@@ -78,7 +78,7 @@ async def _show(root: Path, console: Console) -> None:
             teller.starting = False
             console.print(services_table(mesh))
             async with AsyncMesh(mesh.target, key=mesh.key) as client:
-                await Demo(client, mesh, root, console).run()
+                await Demo(client, mesh.address("worker"), str(StateFolder(root).spans), console).run()
         finally:
             console.print(Rule("Drain: callers first", style="dim"))
             await mesh.stop()
@@ -88,10 +88,11 @@ async def _show(root: Path, console: Console) -> None:
 class Demo:
     """The steps, on a mesh that is ready."""
 
-    def __init__(self, client: AsyncMesh, mesh: LocalMesh, root: Path, console: Console) -> None:
+    def __init__(self, client: AsyncMesh, worker: str, spans: str, console: Console) -> None:
+        """`worker` is its target, `spans` the file of the span store."""
         self._client = client
-        self._worker = mesh.address("worker")
-        self._spans = str(StateFolder(root).spans)
+        self._worker = worker
+        self._spans = spans
         self._console = console
 
     async def run(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Self
 import grpc
 
 from meshlm.chassis.channels import open_channel
-from meshlm.chassis.config import Source
+from meshlm.chassis.config import PATH_VARIABLE, PREFIX, Source
 from meshlm.mesh.config import MeshConfig
 from meshlm.mesh.health import UNSAMPLED
 from meshlm.mesh.plan import MeshPlan, Planner, ProcessPlan, variable
@@ -224,7 +224,7 @@ def isolated_mesh(
     `overrides` are MESHLM__ variables. Its router listens in `root`, so that any number of them can run.
     """
     folder = StateFolder(root)
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MESHLM_")}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX) and k != PATH_VARIABLE}
     folder.acquire()
     try:
         listen = {variable("router", "server", "listen"): f"unix:{folder.socket('router')}"}
