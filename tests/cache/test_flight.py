@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from meshlm.cache.flight import Flights, Outcome
 from meshlm.cache.key import Key
-from meshlm.cache.store import Store, StoreLostError
+from meshlm.cache.store import Found, Store, StoreLostError
 from meshlm.chassis.config import StateConfig
 from meshlm.v1 import cache_pb2
 
@@ -136,22 +136,46 @@ async def test_a_corrupt_answer_is_a_miss_and_is_deleted(rig: Rig, damage: bytes
     assert not await rig.redis.exists(KEY.answer_name)
 
 
-@pytest.mark.parametrize("steps", range(8))
-async def test_a_cancelled_lookup_leaves_no_flight_behind(rig: Rig, steps: int) -> None:
+class GatedStore(Store):
+    """Its answers are on the way until the gate opens."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(StateConfig(redis_url=url), retry_seconds=0.2)
+        self.answered, self.gate = asyncio.Event(), asyncio.Event()
+
+    async def find_or_lead(self, key: Key, flight: str, lease: float, *, refresh: bool = False) -> Found:
+        found = await super().find_or_lead(key, flight, lease, refresh=refresh)
+        self.answered.set()
+        await self.gate.wait()
+        return found
+
+
+async def test_a_lookup_that_is_cancelled_while_it_wins_the_lead_gives_it_back(rig: Rig, valkey: Any) -> None:
+    store = GatedStore(valkey.url)
+    flights = Flights(store, lease_seconds=LEASE, ttl_seconds=60)
+    task = asyncio.create_task(flights.look_up(KEY, wait=10))
+    await asyncio.wait_for(store.answered.wait(), 5)
+    assert await rig.redis.exists(KEY.flight_name)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    store.gate.set()
+    await flights.close()
+    assert not await rig.redis.exists(KEY.flight_name)
+    assert not flights._waiting
+    await store.close()
+
+
+async def test_a_lookup_that_is_cancelled_while_it_waits_leaves_the_leader_alone(rig: Rig) -> None:
+    leader = await rig.flights.look_up(KEY, wait=0)
     task = asyncio.create_task(rig.flights.look_up(KEY, wait=10))
-    for _ in range(steps):
+    while not rig.flights._waiting:
         await asyncio.sleep(0)
-    delivered = not task.cancel()
-    try:
-        landing = await task
-        delivered = True
-    except asyncio.CancelledError:
-        assert not delivered
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     await rig.flights.close()
-    if not delivered:
-        assert not await rig.redis.exists(KEY.flight_name)
-    else:
-        assert landing.outcome is Outcome.LEAD
+    assert await rig.redis.get(KEY.flight_name) == leader.flight.encode()
     assert not rig.flights._waiting
 
 

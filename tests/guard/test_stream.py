@@ -108,6 +108,18 @@ def test_a_secret_given_character_by_character_stops_before_its_first(sample: st
     assert POLICY.judge_output(check).action == BLOCK
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_what_was_held_for_another_match_stays_held_when_one_inside_it_is_decided(size: int) -> None:
+    # A token begins, and a key inside it is complete first: cut by characters, nothing of the token was out by then.
+    text = "see eyJ" + "a" * 10 + "-" + SECRETS["secret.aws_access_key"] + " and so on"
+    check = POLICY.output_check()
+    for at in range(0, len(text), size):
+        check.feed(text[at : at + size])
+    assert check.blocked is not None
+    assert check.blocked.category == "secret.aws_access_key"
+    assert check.released == len("see ")
+
+
 def test_prose_is_released_at_once() -> None:
     check = POLICY.output_check()
     for word in [

@@ -129,7 +129,8 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         """A lead that was won, but whose caller left before it arrived, is given back."""
 
         def ended(call: grpc.aio.ServicerContext) -> None:
-            if call.cancelled():
+            # `done` tells that the answer was sent; `cancelled` stays False in grpc.aio for a cancelled call.
+            if not call.done():
                 self._flights.give_back(key, flight)
 
         context.add_done_callback(ended)

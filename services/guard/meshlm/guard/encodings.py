@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import unquote_plus
-
-import regex
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class Unwrapped:
 
 def unwrap(text: str) -> Iterator[Unwrapped]:
     """All readable payloads, in no particular order; each is about as long as its carrier at most."""
-    for form, pattern, decode in _WRAPPINGS:
+    wrappings = _ASCII_WRAPPINGS if text.isascii() else (*_ASCII_WRAPPINGS, _TAGS)
+    for form, pattern, decode in wrappings:
         for match in pattern.finditer(text):
             payload = decode(match.group())
             if payload is not None and _readable(payload):
@@ -41,7 +41,7 @@ def _base64(run: str) -> str | None:
 
 
 def _hex(run: str) -> str | None:
-    digits = regex.sub(r"0x|\\x|[^0-9a-fA-F]", "", run)
+    digits = re.sub(r"0x|\\x|[^0-9a-fA-F]", "", run)
     return _utf8(lambda: bytes.fromhex(digits[: len(digits) // 2 * 2]))
 
 
@@ -53,7 +53,7 @@ def _utf8(decode: Callable[[], bytes]) -> str | None:
 
 
 def _escapes(run: str) -> str:
-    return "".join(chr(int(digits, 16)) for digits in regex.findall(r"\\u([0-9a-fA-F]{4})", run))
+    return "".join(chr(int(digits, 16)) for digits in re.findall(r"\\u([0-9a-fA-F]{4})", run))
 
 
 def _percent(run: str) -> str | None:
@@ -72,13 +72,14 @@ def _readable(text: str) -> bool:
     return printing * 10 >= len(text) * 9 and any(char.isalpha() for char in text)
 
 
-_WRAPPINGS: list[tuple[str, regex.Pattern[str], Callable[[str], str | None]]] = [
-    ("base64", regex.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{16,}+={0,2}"), _base64),
-    ("hex", regex.compile(r"(?<![0-9a-zA-Z])(?:0x)?(?:[0-9a-fA-F]{2}){8,}+"), _hex),
-    ("hex", regex.compile(r"(?<![0-9a-zA-Z])(?:0x)?[0-9a-fA-F]{2}(?:[ :,-]{1,2}+(?:0x)?[0-9a-fA-F]{2}){7,}+"), _hex),
-    ("hex", regex.compile(r"(?:\\x[0-9a-fA-F]{2}){4,}+"), _hex),
-    ("escapes", regex.compile(r"(?:\\u[0-9a-fA-F]{4}){4,}+"), _escapes),
-    ("percent", regex.compile(r"(?<!\S)[^\s%]{0,400}+(?:%[0-9a-fA-F]{2}[^\s%]{0,400}+){2,}+"), _percent),
-    # A flag's subdivision is spelled with tags too, behind a black flag.
-    ("tags", regex.compile(r"(?<!\U0001f3f4)[\U000e0020-\U000e007e]{4,}+"), _tags),
-]
+_Wrapping = tuple[str, re.Pattern[str], Callable[[str], str | None]]
+_ASCII_WRAPPINGS: tuple[_Wrapping, ...] = (
+    ("base64", re.compile(r"[A-Za-z0-9+/_-]{16,}+={0,2}"), _base64),
+    ("hex", re.compile(r"(?<![0-9a-zA-Z])(?:0x)?(?:[0-9a-fA-F]{2}){8,}+"), _hex),
+    ("hex", re.compile(r"(?<![0-9a-zA-Z])(?:0x)?[0-9a-fA-F]{2}(?:[ :,-]{1,2}+(?:0x)?[0-9a-fA-F]{2}){7,}+"), _hex),
+    ("hex", re.compile(r"(?:\\x[0-9a-fA-F]{2}){4,}+"), _hex),
+    ("escapes", re.compile(r"(?:\\u[0-9a-fA-F]{4}){4,}+"), _escapes),
+    ("percent", re.compile(r"(?<!\S)[^\s%]{0,400}+(?:%[0-9a-fA-F]{2}[^\s%]{0,400}+){2,}+"), _percent),
+)
+# A flag's subdivision is spelled with tags too, behind a black flag.
+_TAGS: _Wrapping = ("tags", re.compile(r"(?<!\U0001f3f4)[\U000e0020-\U000e007e]{4,}+"), _tags)

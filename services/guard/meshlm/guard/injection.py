@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
-
-import regex
 
 from meshlm.guard.encodings import unwrap
 from meshlm.guard.findings import Finding
 from meshlm.guard.normalize import Reading, fold, readings
-from meshlm.guard.signatures import SIGNATURES, VERSION, Signature
+from meshlm.guard.signatures import NEEDS, SIGNATURES, VERSION, Signature
 
 __all__ = ["VERSION", "combined", "detect"]
 
@@ -21,7 +20,7 @@ _DISCUSSED_FACTOR = 0.5
 _CONTEXT = 400  # characters on either side that say what a text is about
 _QUOTE_REACH = 80  # characters between a phrase and the quotation mark that encloses it
 
-_ABOUT = regex.compile(
+_ABOUT = re.compile(
     fold(
         r"\b(?:prompt.?injections?|jailbreak(?:s|ing)?|attacks?|attackers?|e\.g|for (?:example|instance)|such as|"
         r"phrases?|examples?|red.?team\w*|detect\w*|classif\w+|malicious|vulnerab\w+|owasp|mean(?:s|ing)?|"
@@ -30,10 +29,10 @@ _ABOUT = regex.compile(
         r"пример\w*|атак\w*|означает)\b|例如|攻击|注入|什么意思|越狱"
     )
 )
-_OPENING = regex.compile(r"[\"'`“”„«‘’「『](?=[^\n\"`“”„«»「」『』]{0,80}$)")
-_CLOSING = regex.compile(r"[^\n\"`“”„«»「」『』]{0,80}?[\"'`”“»’」』]")
+_OPENING = re.compile(r"[\"'`“”„«‘’「『](?=[^\n\"`“”„«»「」『』]{0,80}$)")
+_CLOSING = re.compile(r"[^\n\"`“”„«»「」『』]{0,80}?[\"'`”“»’」』]")
 # "attackers tell the model to ..."; an order to the reader ("I tell you to ...") is none of these.
-_REPORTED = regex.compile(
+_REPORTED = re.compile(
     r"\b(?:tell|ask|instruct|trick|convinc|get|caus|urg|try|attempt|manipulat|persuad)\w{0,4}\W{1,3}"
     r"(?:(?!you\b|i\b)\w{1,20}\W{1,3}){0,5}to\W{1,3}$"
 )
@@ -70,9 +69,9 @@ def combined(findings: list[Finding]) -> float:
 
 
 def _matches(reading: Reading) -> Iterator[Finding]:
-    text = reading.text
+    present = {need for need in NEEDS if need in reading.text}
     for signature in SIGNATURES:
-        if any(need in text for need in signature.needs):
+        if not present.isdisjoint(signature.needs):
             yield from _occurrences(signature, reading)
 
 

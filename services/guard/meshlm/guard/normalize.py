@@ -6,11 +6,11 @@ Indic scripts, emoji) lose nothing. Every reading is made in one pass, in time l
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import regex
 from confusable_homoglyphs import confusables  # type: ignore[import-untyped]
 
 
@@ -42,7 +42,7 @@ def readings(text: str) -> Iterator[Reading]:
         latin = _mapped("lookalike", text, _SKELETON, hidden=True)
         if latin.text != plain.text:
             yield latin
-    if _LEET_WORD.search(latin.text):
+    if _LEET_SIGN.search(latin.text) and _LEET_WORD.search(latin.text):
         # One digit stands for two letters.
         for one in "il":
             table = _LEET | {ord("1"): one}
@@ -70,10 +70,8 @@ class _Table(dict[str, str]):
         return read
 
     def _one(self, char: str) -> str:
-        # A capital I looks like an l: the small letter is asked first.
-        for form in (char.casefold(), char):
-            if form in self._lookalikes:
-                return self._lookalikes[form]
+        if char in self._lookalikes:
+            return self._lookalikes[char]
         # Marks (accents, variation selectors) and format characters (zero-width, bidi, tags) are not read.
         if unicodedata.category(char) in ("Mn", "Me", "Cf") or char in _FILLERS:
             return ""
@@ -124,6 +122,9 @@ def _lookalikes() -> dict[str, str]:
             letters = [a["c"] for a in alike if a["c"].isascii() and a["c"].isalpha() and len(a["c"]) == 1]
             if letters:
                 found[char] = letters[0]
+    # Capital i: the data has one prototype for I and l.
+    for char in "ІΙӀ":
+        found[char] = "I"
     # Regional indicators; negative circled and negative squared letters: NFKC leaves them.
     for first in (0x1F1E6, 0x1F150, 0x1F170):
         found |= {chr(first + i): chr(ord("a") + i) for i in range(26)}
@@ -138,6 +139,7 @@ _FOLD = _Table({})
 _SKELETON = _Table(_lookalikes())
 _LEET = {ord(sign): letter for sign, letter in zip("034578@$!|€", "oeastbasile", strict=True)}
 # A letter, then a digit or sign, then a letter: worth a reading.
-_LEET_WORD = regex.compile(r"[a-z][0134578@$!|][a-z]|(?<![\w@$])[0134578@$!|][a-z]{3}")
+_LEET_WORD = re.compile(r"[a-z][0134578@$!|][a-z]|(?<![\w@$])[0134578@$!|][a-z]{3}")
+_LEET_SIGN = re.compile(r"[0134578@$!|][a-z]")
 # Four or more single letters with one to three separators between.
-_SPACED = regex.compile(r"(?<!\w)\w(?:[\s.\-_*|/,+~]{1,3}+\w(?!\w)){4,}+")
+_SPACED = re.compile(r"(?<!\w)\w(?:[\s.\-_*|/,+~]{1,3}+\w(?!\w)){4,}+")

@@ -6,6 +6,7 @@ then it is decided by the text up to there, whatever comes later. `first_end` an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -87,21 +88,27 @@ class PatternSet:
 
 
 class _Group:
-    """Patterns with the same check, as one expression: many small ones are much slower than a few of this size."""
+    """Patterns with the same check, as one expression.
+
+    The standard library's engine finds complete matches, being the faster one; only `regex` knows partial ones. A
+    single expression of all patterns is much slower in it than a few of this size.
+    """
 
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self._patterns = patterns
         sources = "|".join(f"(?:(?P<p{i}>{pattern.body}){pattern.after})" for i, pattern in enumerate(patterns))
-        self._compiled = regex.compile(f"{_WORD_START}(?:{sources})")
+        self._complete = re.compile(f"{_WORD_START}(?:{sources})")
         self._unfinished = regex.compile(f"{_WORD_START}(?:{'|'.join(p.source for p in patterns)}){_NEVER}")
 
     def find(self, text: str, begin: int, end: int) -> Finding | None:
         """The leftmost match that passes its check."""
-        for match in self._compiled.finditer(text, begin, end, overlapped=True):
+        match = self._complete.search(text, begin, end)
+        while match is not None:
             index = next(i for i in range(len(self._patterns)) if match.start(f"p{i}") >= 0)
             pattern = self._patterns[index]
             if pattern.check is None or pattern.check(match.group(f"p{index}")):
                 return Finding(pattern.category, pattern.category, pattern.score, *match.span(f"p{index}"))
+            match = self._complete.search(text, match.start() + 1, end)
         return None
 
     def hold(self, text: str, begin: int) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-
-import regex
 
 from meshlm.guard.normalize import fold
 from meshlm.guard.phrases import ENGLISH, Phrase
@@ -20,8 +19,8 @@ class Signature:
     rule: str
     category: str
     weight: float
-    needs: tuple[str, ...]
-    pattern: regex.Pattern[str]
+    needs: frozenset[str]
+    pattern: re.Pattern[str]
 
 
 _WORDS = {
@@ -53,9 +52,11 @@ def _compile(phrase: Phrase) -> Signature:
     for name, words in _WORDS.items():
         pattern = pattern.replace("{" + name + "}", words)
     # Patterns are spelled as the plain reading spells a text; the gaps must not be touched by that.
-    compiled = regex.compile(fold(pattern.replace("_", "\0")).replace("\0", _GAP))
-    needs = tuple(fold(need).casefold() for need in phrase.needs.split("|"))
+    compiled = re.compile(fold(pattern.replace("_", "\0")).replace("\0", _GAP))
+    needs = frozenset(fold(need).casefold() for need in phrase.needs.split("|"))
     return Signature(phrase.rule, phrase.category, phrase.weight, needs, compiled)
 
 
 SIGNATURES: tuple[Signature, ...] = tuple(_compile(phrase) for phrase in (*ENGLISH, *WORLD))
+# Every word that some signature needs: looked for once in each reading.
+NEEDS = frozenset(need for signature in SIGNATURES for need in signature.needs)
