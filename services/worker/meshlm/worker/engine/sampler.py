@@ -92,7 +92,7 @@ class Sampler:
             scaled = torch.where(row > 0, row / sampling.repetition_penalty, row * sampling.repetition_penalty)
             row.copy_(torch.where(counts.seen, scaled, row))
         row.sub_(counts.output, alpha=sampling.frequency_penalty)
-        row.sub_(counts.output > 0, alpha=sampling.presence_penalty)
+        row.sub_(counts.output.clamp(max=1), alpha=sampling.presence_penalty)
 
 
 def _penalized(sampling: Sampling) -> bool:
