@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -50,8 +50,9 @@ def load_runner(settings: RunnerSettings, progress: LoadProgress) -> TorchRunner
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     checkpoint = open_checkpoint(settings.model)
-    config, dtype = checkpoint.config, placement.dtype
-    max_context = min(settings.max_context or config.max_context, config.max_context)
+    max_context = min(settings.max_context or checkpoint.config.max_context, checkpoint.config.max_context)
+    config, dtype = replace(checkpoint.config, max_context=max_context), placement.dtype
+    checkpoint = replace(checkpoint, config=config)
     block_bytes = config.kv_bytes_per_token(dtype.itemsize) * settings.block_size
     blocks = settings.kv_blocks if settings.kv_blocks is not None else settings.kv_memory // block_bytes
     if blocks < 1:
