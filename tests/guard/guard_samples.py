@@ -51,6 +51,7 @@ HARMLESS = [
     "The placeholder AKIAIOSFODNN7EXAMPLE from the manual, or sk-proj-xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx.",
     "Order 4111111111111112 has a wrong check digit; 0.4111111111111111 is a fraction.",
     "Call 1234567890123456789012345 is no card either, and 000-12-3456 was never a social security number.",
+    "20170809091249 is a time, 354178036859789 a device and 26412941454148414 a constant; 123-45-6789 an example.",
     "GB00NWBK60161331926819 fails modulo 97.",
     "A file that starts with -----BEGIN PUBLIC KEY----- holds no secret.",
     "commit 5f2c1e6ab04d5c1e6ab04d5f2c1e6ab04d5c1e6a, uuid 123e4567-e89b-12d3-a456-426614174000",

@@ -282,21 +282,30 @@ ENGLISH: tuple[Phrase, ...] = (
     ),
     # Turns and control tokens inside a turn.
     Phrase(
-        "turn.system_token",
+        "turn.ended",
         TURN,
         0.85,
-        "<|im_start|>|<|start_header_id|>|<|system|>|<<sys>>|<|header_start|>",
-        r"(?:<\|im_start\|>\s{0,4}(?:system|developer)|<\|(?:start_header_id|header_start)\|>\s{0,4}system|<\|"
-        r"system\|>|\[inst\]\s{0,4}<<sys>>)",
+        "<",
+        r"(?:<\|im_end\|>|<\|eot_id\|>|<\|end\|>|\[/inst\]|<end_of_turn>|</s>)\s{0,8}(?:<s>)?\s{0,8}"
+        r"(?:(?:<\|im_start\|>|<\|start_header_id\|>|<\|header_start\|>|<\|)\s{0,4}(?:system|developer)|"
+        r"(?:\[inst\]\s{0,8})?<<sys>>)",
+    ),
+    Phrase(
+        "turn.system_token",
+        TURN,
+        0.6,
+        "<",
+        r"(?:<\|im_start\|>\s{0,4}(?:system|developer)|<\|(?:start_header_id|header_start)\|>\s{0,4}system|"
+        r"<\|system\|>|\[inst\]\s{0,4}<<sys>>)",
     ),
     Phrase(
         "turn.token",
         TURN,
-        0.5,
-        "<|im_|<|eot|<|end|<|start|<|begin|[/inst]|<<sys>>|<start_of_turn>|<end_of_turn>|<|assistant|<|user|<|header",
-        r"(?:<\|(?:im\x5fstart|im\x5fend|endoftext|endofprompt|eot\x5fid|eot|end\x5fof\x5ftext|begin\x5fof\x5ftext|"
-        r"start\x5fheader\x5fid|end\x5fheader\x5fid|header\x5fstart|assistant|user|end|end[▁ ]of[▁ ]sentence|"
-        r"begin[▁ ]of[▁ ]sentence)\|>|\[/inst\]|<</?sys>>|<(?:start|end)\x5fof\x5fturn>)",
+        0.4,
+        "<|[/inst]",
+        r"(?:<\|(?:im_start|im_end|endoftext|endofprompt|eot_id|eot|end_of_text|begin_of_text|"
+        r"start_header_id|end_header_id|header_start|assistant|user|end|end[▁ ]of[▁ ]sentence|"
+        r"begin[▁ ]of[▁ ]sentence)\|>|\[/inst\]|<</?sys>>|<(?:start|end)_of_turn>)",
     ),
     Phrase(
         "turn.line",
@@ -326,10 +335,11 @@ ENGLISH: tuple[Phrase, ...] = (
     Phrase(
         "exfiltration.image_ask",
         EXFILTRATION,
-        0.8,
-        "](http|image|markdown",
-        r"(?:append|include|insert|put|embed|encode|add|replace)_{W8}(?:conversation|chat_history|history|prompt|"
-        r"secrets?|passwords?|api_keys?|user_data|messages|data)_{W8}(?:url|image|query|link|markdown)",
+        0.6,
+        "url|link|query|image",
+        r"(?:append|include|insert|put|embed|encode|add)_{W8}(?:conversation|chat_history|history|secrets?|"
+        r"passwords?|api_keys?|user_data|system_prompt|messages)_{W8}(?:as|in|into|to)_(?:an?_|the_|its_|this_){0,1}"
+        r"(?:query|url|link|image_(?:url|link|query)|markdown_(?:image|link))",
     ),
     Phrase(
         "exfiltration.send",
@@ -345,9 +355,9 @@ ENGLISH: tuple[Phrase, ...] = (
         "encoded.obey",
         ENCODED,
         0.6,
-        "decode|decrypt|decipher|rot13|base64",
-        r"(?:decode|decrypt|decipher|unscramble)_{W8}(?:and|then|,)_{W3}(?:follow|execute|obey|comply|carry_"
-        r"out|do_what|act_on|perform|run_the_instructions)",
+        "decode|decrypt|decipher|unscramble",
+        r"(?:decode|decrypt|decipher|unscramble)_(?:this|the|these|it|what|my|and|following|below)_{W8}(?:and|then)_{W3}"
+        r"(?:follow|execute|obey|comply|carry_out|do_what|act_on|run_the_instructions)\b",
     ),
     # Orders to whatever model reads a document.
     Phrase(

@@ -45,6 +45,8 @@ _WORDS = {
     "W8": r"(?:\w{1,20}+\W{1,12}+){0,8}",
 }
 _GAP = r"[\W_]{0,12}"
+# What begins with a Latin letter begins a word; tokens and scripts without spaces may stand anywhere.
+_WORD_START = r"(?:(?<![a-z])|(?![a-z]))"
 
 
 def _compile(phrase: Phrase) -> Signature:
@@ -52,7 +54,7 @@ def _compile(phrase: Phrase) -> Signature:
     for name, words in _WORDS.items():
         pattern = pattern.replace("{" + name + "}", words)
     # Patterns are spelled as the plain reading spells a text; the gaps must not be touched by that.
-    compiled = re.compile(fold(pattern.replace("_", "\0")).replace("\0", _GAP))
+    compiled = re.compile(_WORD_START + "(?:" + fold(pattern.replace("_", "\0")).replace("\0", _GAP) + ")")
     needs = frozenset(fold(need).casefold() for need in phrase.needs.split("|"))
     return Signature(phrase.rule, phrase.category, phrase.weight, needs, compiled)
 
