@@ -94,23 +94,20 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
         self._admit(context)
         self.requests.append(request)
         breaks_after = self.breaks_after.pop(0) if self.breaks_after else None
-        yield inference_pb2.StreamGenerateResponse(start=_start())
-        for i, word in enumerate(WORDS):
-            if i == breaks_after:
-                raise MeshError(Reason.ENGINE_LOST, "the engine ended", retry_after=0.01)
-            if i == self.stalls_after:
-                try:
+        try:
+            yield inference_pb2.StreamGenerateResponse(start=_start())
+            for i, word in enumerate(WORDS):
+                if i == breaks_after:
+                    raise MeshError(Reason.ENGINE_LOST, "the engine ended", retry_after=0.01)
+                if i == self.stalls_after:
                     await asyncio.Event().wait()
-                finally:
-                    self.cancelled.set()
-            if i < request.resume_from:
-                continue
-            chunk = generation_pb2.Chunk(token_offset=i, token_count=1, text=word)
-            if i == len(WORDS) - 1:
-                chunk.finish_reason, chunk.matched_stop = generation_pb2.FINISH_REASON_STOP, "<end>"
-            yield inference_pb2.StreamGenerateResponse(chunk=chunk, usage=_usage(i + 1))
-        if not self.cuts_the_end:
-            yield inference_pb2.StreamGenerateResponse(end=_end(), usage=_usage(len(WORDS)))
+                if i >= request.resume_from:
+                    yield _word(i, word)
+            if not self.cuts_the_end:
+                yield inference_pb2.StreamGenerateResponse(end=_end(), usage=_usage(len(WORDS)))
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -134,6 +131,13 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.CountTokensResponse:
         self._admit(context)
         return inference_pb2.CountTokensResponse(prompt_tokens=len(request.input.prompt.split()), model=request.model)
+
+
+def _word(offset: int, text: str) -> inference_pb2.StreamGenerateResponse:
+    chunk = generation_pb2.Chunk(token_offset=offset, token_count=1, text=text)
+    if offset == len(WORDS) - 1:
+        chunk.finish_reason, chunk.matched_stop = generation_pb2.FINISH_REASON_STOP, "<end>"
+    return inference_pb2.StreamGenerateResponse(chunk=chunk, usage=_usage(offset + 1))
 
 
 def _start() -> inference_pb2.StreamStart:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import io
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -21,14 +23,13 @@ from rich.console import Console
 
 from meshlm.chassis.config import Source
 from meshlm.chassis.errors import MeshError, Reason
-from meshlm.mesh import chat, model
+from meshlm.mesh import model
 from meshlm.mesh.cli import COMMANDS, run
-from meshlm.mesh.client import AsyncMesh, Mesh
+from meshlm.mesh.client import AsyncMesh
 from meshlm.mesh.config import MeshConfig
 from meshlm.mesh.demo import Demo, DemoFailed
 from meshlm.mesh.model import PackagedModel
 from meshlm.mesh.show import SERVICES, SHARED
-from meshlm.mesh.told import Told
 from meshlm.router.config import KeyConfig
 from tests.mesh.fakes import KEY, WORDS, ScriptedRouter
 
@@ -204,28 +205,34 @@ class TestChat:
         assert await asyncio.to_thread(run, ["chat", "--target", router.target, "hello"]) == 1
         assert capsys.readouterr().err == "meshlm chat: KEY_INVALID: no such key\n"
 
-    async def test_ctrl_c_cancels_the_answer_and_keeps_what_came(
-        self, router: ScriptedRouter, capsys: Captured
-    ) -> None:
+    async def test_ctrl_c_cancels_the_answer_and_not_the_chat(self, router: ScriptedRouter) -> None:
         router.stalls_after = 2
-
-        def interrupted() -> Told:
-            console = Console(highlight=False)
-            shown = console.print
-
-            def press_ctrl_c(*pieces: Any, **options: Any) -> None:
-                shown(*pieces, **options)
-                if pieces[0] == WORDS[1]:
-                    raise KeyboardInterrupt
-
-            console.print = press_ctrl_c  # type: ignore[method-assign]
-            with Mesh(router.target, key=KEY) as mesh:
-                return chat.answer(mesh, [("user", "hello")], {}, console)
-
-        told = await asyncio.to_thread(interrupted)
-        assert (told.text, told.cancelled) == (WORDS[0] + WORDS[1], True)
-        assert "(cancelled)" in capsys.readouterr().out
+        master, slave = pty.openpty()
+        # A terminal of its own, whose Ctrl-C reaches the command as a person's would.
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "meshlm.mesh.cli", "chat", "--target", router.target),
+            env={**os.environ, "MESHLM_KEY": KEY, "TERM": "dumb"},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            preexec_fn=lambda: os.login_tty(slave),
+        )
+        os.close(slave)
+        screen = Screen(master)
+        await screen.shows("you>")
+        os.write(master, b"hello\n")
+        await screen.shows("".join(WORDS[:2]).strip())
+        os.write(master, b"\x03")
+        await screen.shows("(cancelled)")
         await asyncio.wait_for(router.cancelled.wait(), 5)
+        router.stalls_after = None
+        await screen.shows("you>")
+        os.write(master, b"again\n")
+        await screen.shows("".join(WORDS))
+        os.write(master, b"\x04")
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+        turns = [(turn.role, turn.content) for turn in router.requests[-1].generation.input.chat.messages]
+        assert turns == [("user", "hello"), ("assistant", "".join(WORDS[:2])), ("user", "again")]
 
     async def test_models_are_listed(
         self, router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch, capsys: Captured
@@ -233,6 +240,23 @@ class TestChat:
         monkeypatch.setenv("MESHLM_KEY", KEY)
         assert await asyncio.to_thread(run, ["models", "--target", router.target]) == 0
         assert "scripted (default)" in capsys.readouterr().out
+
+
+class Screen:
+    """What a terminal shows; each text is waited for after the one before."""
+
+    def __init__(self, master: int) -> None:
+        self._master = master
+        self._unread = ""
+        os.set_blocking(master, False)
+
+    async def shows(self, text: str, seconds: float = 30.0) -> None:
+        async with asyncio.timeout(seconds):
+            while text not in self._unread:
+                await asyncio.sleep(0.02)
+                with contextlib.suppress(BlockingIOError):
+                    self._unread += os.read(self._master, 65_536).decode()
+        self._unread = self._unread.partition(text)[2]
 
 
 def _no_more(said: Any) -> str:

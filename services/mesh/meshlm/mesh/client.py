@@ -158,11 +158,12 @@ class Mesh:
     ) -> Generator[Event, None, None]:
         """As `AsyncMesh.stream`; closing the generator cancels the generation."""
         events = self._mesh.stream(deadline=deadline, resumes=resumes, request_id=request_id, **asked)
+        turn = asyncio.Lock()  # a step that Ctrl-C left behind is still being cancelled when the end comes
         try:
-            while (event := self._wait(_next(events))) is not None:
+            while (event := self._wait(_next(events, turn))) is not None:
                 yield event
         finally:
-            self._wait(_end(events))
+            self._wait(_end(events, turn))
 
     def generate(self, *, deadline: float | None = None, request_id: str = "", **asked: Unpack[Asked]) -> Answer:
         """As `AsyncMesh.generate`."""
@@ -218,12 +219,14 @@ async def _opened(target: str, key: str, deadline: float | None) -> AsyncMesh:
     return AsyncMesh(target, key=key, deadline=deadline)  # a channel belongs to the loop that opens it
 
 
-async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
-    return await anext(events, None)
+async def _next(events: AsyncGenerator[Event, None], turn: asyncio.Lock) -> Event | None:
+    async with turn:
+        return await anext(events, None)
 
 
-async def _end(events: AsyncGenerator[Event, None]) -> None:
-    await events.aclose()
+async def _end(events: AsyncGenerator[Event, None], turn: asyncio.Lock) -> None:
+    async with turn:
+        await events.aclose()
 
 
 def _left(ends_at: float | None) -> float | None:

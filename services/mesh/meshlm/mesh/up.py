@@ -21,7 +21,7 @@ from rich.table import Table
 from meshlm.mesh.launcher import LocalMesh, plan_mesh
 from meshlm.mesh.model import fetch
 from meshlm.mesh.process import Died, ProcessEvent, Ready, Started, Stopped, last_lines
-from meshlm.mesh.settings import Settings, add_config_arguments, read_settings
+from meshlm.mesh.settings import add_config_arguments, read_settings
 from meshlm.mesh.state import StateFolder
 from meshlm.mesh.terminal import open_console, plain_table
 
@@ -32,12 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`meshlm up`: 0 after a clean drain."""
-    return asyncio.run(serve(read_settings(arguments), open_console()))
-
-
-async def serve(settings: Settings, console: Console) -> int:
-    """Run the mesh until SIGINT or SIGTERM; a second one kills it. Raises what keeps it from running."""
+    """`meshlm up`: 0 after a clean drain, 1 where it had to be killed. Raises what keeps the mesh from running."""
+    settings, console = read_settings(arguments), open_console()
     folder = settings.folder
     folder.acquire()
     try:
@@ -46,10 +42,14 @@ async def serve(settings: Settings, console: Console) -> int:
             fetch(console=console)
         teller = Teller(console, folder)
         mesh = LocalMesh(plan, folder, settings.mesh, tell=teller.tell)
-        with _signals() as told:
-            return await _serve_until_told(mesh, teller, console, told)
+        return asyncio.run(_serve(mesh, teller, console))
     finally:
         folder.release()
+
+
+async def _serve(mesh: LocalMesh, teller: Teller, console: Console) -> int:
+    with _signals() as told:
+        return await _serve_until_told(mesh, teller, console, told)
 
 
 async def _serve_until_told(mesh: LocalMesh, teller: Teller, console: Console, told: _Told) -> int:
