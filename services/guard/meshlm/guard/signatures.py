@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from meshlm.guard.normalize import fold
-from meshlm.guard.phrases import ENGLISH, Phrase
+from meshlm.guard.phrases import ENGLISH, EXFILTRATION, LEAK, PERSONA, Phrase
 from meshlm.guard.phrases_world import WORLD
 
 VERSION = "signatures/1"
@@ -45,7 +45,9 @@ _WORDS = {
     "W8": r"(?:\w{1,20}+\W{1,12}+){0,8}",
 }
 _GAP = r"[\W_]{0,12}"
-# What begins with a Latin letter begins a word; tokens and scripts without spaces may stand anywhere.
+# These begin with everyday words, which also end others (`input`, `contract as`): what begins with a Latin letter must
+# begin a word. For the rest, a letter before it would only be a way round.
+_AT_WORDS = frozenset((LEAK, PERSONA, EXFILTRATION))
 _WORD_START = r"(?:(?<![a-z])|(?![a-z]))"
 
 
@@ -54,7 +56,8 @@ def _compile(phrase: Phrase) -> Signature:
     for name, words in _WORDS.items():
         pattern = pattern.replace("{" + name + "}", words)
     # Patterns are spelled as the plain reading spells a text; the gaps must not be touched by that.
-    compiled = re.compile(_WORD_START + "(?:" + fold(pattern.replace("_", "\0")).replace("\0", _GAP) + ")")
+    spelled = fold(pattern.replace("_", "\0")).replace("\0", _GAP)
+    compiled = re.compile(f"{_WORD_START}(?:{spelled})" if phrase.category in _AT_WORDS else spelled)
     needs = frozenset(fold(need).casefold() for need in phrase.needs.split("|"))
     return Signature(phrase.rule, phrase.category, phrase.weight, needs, compiled)
 
