@@ -25,6 +25,7 @@ from meshlm.mesh.plan import MeshPlan, Planner, ProcessPlan
 from meshlm.mesh.process import Died, ProcessEvent, Ready, Stopped
 from meshlm.mesh.state import MeshNotRunningError, StateFolder, StateFolderError
 from meshlm.mesh.status import load_of
+from meshlm.mesh.up import Stage, last_stage
 from tests.mesh.fakes import failing, plan, service
 
 QUICK = MeshConfig(ready_seconds=60.0, stop_seconds=10.0)
@@ -107,6 +108,14 @@ class TestPlan:
     def test_a_guard_switched_off_is_not_started(self, root: Path) -> None:
         made = self.planned(root, '[router]\nguard = ""\n')
         assert "guard" not in {process.name for process in made.processes}
+
+    def test_an_engine_sleeps_at_its_barriers_unless_the_person_says_otherwise(self, root: Path) -> None:
+        def policy(made: MeshPlan) -> str | None:
+            (worker,) = (process for process in made.processes if process.part == "worker")
+            return worker.environment.get("OMP_WAIT_POLICY")
+
+        assert policy(self.planned(root)) == "PASSIVE"
+        assert policy(self.planned(root, OMP_WAIT_POLICY="ACTIVE")) is None  # the launcher's own is inherited
 
     def test_admin_ports_do_not_collide(self, root: Path) -> None:
         made = self.planned(root, "[mesh]\nadmin_from = 9100\n")
@@ -310,6 +319,23 @@ async def answers(mesh: LocalMesh, prompt: str) -> None:
         except MeshError as error:
             assert error.status is grpc.StatusCode.UNAVAILABLE, error
             await asyncio.sleep(0.1)
+
+
+class TestStages:
+    @pytest.mark.parametrize(
+        ("line", "stage"),
+        [
+            ('{"event": "engine loading", "stage": "warm_up", "done": 2, "total": 3}', Stage("warm up", 2, 3)),
+            ('{"event": "bound", "port": 1}', Stage("bound")),
+            ("E1124 add_port.cc:83] Failed to add port", Stage("starting")),
+            ("[1, 2]", Stage("starting")),
+            ("", Stage("starting")),
+        ],
+    )
+    def test_a_log_says_what_a_starting_service_does(self, line: str, stage: Stage, tmp_path: Path) -> None:
+        log = tmp_path / "worker.log"
+        log.write_text(f'{{"event": "earlier"}}\n{line}\n' if line else "")
+        assert last_stage(log) == stage
 
 
 @pytest.mark.mesh

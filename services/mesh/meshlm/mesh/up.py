@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 
@@ -127,27 +129,40 @@ class Teller:
     def __rich__(self) -> Table:
         table = Table.grid(padding=(0, 2))
         for name, state in self._states.items():
-            table.add_row(self._spinner if not state else " ", name, state or self._doing(name))
+            if state:
+                table.add_row(" ", name, state)
+            else:
+                table.add_row(self._spinner, name, *self._doing(name))
         return table
 
-    def _doing(self, name: str) -> str:
+    def _doing(self, name: str) -> tuple[RenderableType, ...]:
         seconds = time.monotonic() - self._begun[name]
-        return f"[dim]{escape(last_stage(self._folder.log(name)))} ({seconds:.0f} s)[/]"
+        stage = last_stage(self._folder.log(name))
+        text = f"[dim]{escape(stage.name)} ({seconds:.0f} s)[/]"
+        return (text, ProgressBar(stage.total, stage.done, width=30)) if stage.total else (text,)
 
 
-def last_stage(log: Path) -> str:
-    """What a starting service said last, from its log; a worker tells how far its engine is."""
+class Stage(NamedTuple):
+    """What a starting service is doing; a worker tells how far its engine is."""
+
+    name: str
+    done: int = 0
+    total: int = 0
+
+
+def last_stage(log: Path) -> Stage:
+    """What a starting service said last, from its log."""
     try:
         record = json.loads(last_lines(log, 1))
     except ValueError:
-        return "starting"
+        return Stage("starting")
     match record:
-        case {"event": str(), "stage": str(stage), "done": int(done), "total": int(total)} if total > 0:
-            return f"{stage.replace('_', ' ')} {done}/{total}"
+        case {"stage": str(stage), "done": int(done), "total": int(total)}:
+            return Stage(stage.replace("_", " "), done, total)
         case {"event": str(event)}:
-            return event
+            return Stage(event)
         case _:
-            return "starting"
+            return Stage("starting")
 
 
 class _Told:
