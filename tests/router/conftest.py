@@ -121,7 +121,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 last = number + 1 == len(self.pieces)
                 chunk = pb.Chunk(token_offset=number, token_count=1, text=piece, finish_reason=int(last))
                 yield worker_pb2.RunGenerationResponse(chunk=chunk, usage=usage)
-            yield worker_pb2.RunGenerationResponse(end=worker_pb2.GenerationEnd(), usage=usage)
+            timing = pb.Timing(queue=0.5, prefill=1.5, decode=2.5)
+            yield worker_pb2.RunGenerationResponse(end=worker_pb2.GenerationEnd(timing=timing), usage=usage)
             ended = True
         finally:
             if not ended:

@@ -125,7 +125,7 @@ class Message(google.protobuf.message.Message):
     content: builtins.str
     """The turn's text. Control tokens of the model inside it are read as plain text."""
     name: builtins.str
-    """Name of the speaker or tool, where the chat template uses one."""
+    """Name of the speaker or tool, where the chat template uses one: 1 to 64 of A-Z a-z 0-9 _ -."""
     def __init__(
         self,
         *,

@@ -6,6 +6,7 @@ Everything here raises `MeshError` REQUEST_INVALID with the field's path.
 from __future__ import annotations
 
 import math
+import re
 
 from meshlm.chassis.errors import invalid
 from meshlm.v1 import generation_pb2 as pb
@@ -19,6 +20,7 @@ MAX_CHOICES = 8
 MAX_LOGPROBS = 20
 MAX_LABELS = 16
 _TOKEN_LIMIT = 2**31
+_SPEAKER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # field, least, most, whether the least itself is allowed
 _RANGES = (
@@ -56,6 +58,10 @@ def check_input(source: pb.Input, path: str = "generation.input") -> None:
         for number, message in enumerate(messages):
             if message.role not in ("system", "user", "assistant", "tool"):
                 raise invalid(f"{path}.chat.messages[{number}].role", "must be system, user, assistant or tool")
+            if message.HasField("name") and not _SPEAKER.fullmatch(
+                message.name
+            ):  # templates print it; guards do not read it
+                raise invalid(f"{path}.chat.messages[{number}].name", "must have 1 to 64 of A-Z a-z 0-9 _ -")
     elif kind == "prompt" and not source.prompt:
         raise invalid(f"{path}.prompt", "must not be empty")
     elif kind == "token_ids" and not source.token_ids.ids:

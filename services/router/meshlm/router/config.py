@@ -67,8 +67,8 @@ class RouterConfig:
     aliases: dict[str, str] = field(default_factory=dict)
     # Most tokens of an answer whose request sets no limit.
     default_max_tokens: int = 512
-    # Largest input, bytes of UTF-8.
-    max_input_bytes: int = 1024 * 1024
+    # Largest input, bytes of UTF-8; no more than the guard takes (guard.max_input_chars).
+    max_input_bytes: int = 500_000
     # Seconds a whole request may take where the caller sets no deadline.
     default_deadline_seconds: float = 600.0
     # Seconds the guard may take for an input, or for one piece of an answer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -114,14 +115,25 @@ class OutputWindow:
             ready.append(_stopped(held, chunk.choice, ready))
         return ready
 
-    def blocked(self, choice: int) -> bool:
-        return choice in self._held and self._held[choice].blocked
+    @property
+    def blocked(self) -> bool:
+        """Whether some choice was stopped."""
+        return any(held.blocked for held in self._held.values())
 
     def verdicts(self) -> list[pb.Verdict]:
         """One for each choice that the guard judged, in order."""
         return [held.verdict for _, held in sorted(self._held.items()) if held.verdict is not None]
 
+    async def finish(self) -> None:
+        """All is judged: let the guard end its side by itself."""
+        if self._call is not None:
+            with contextlib.suppress(grpc.RpcError, TimeoutError, asyncio.InvalidStateError):
+                async with asyncio.timeout(self._seconds):
+                    await self._call.done_writing()
+                    await self._call.read()
+
     def close(self) -> None:
+        """Cancel the check if it still runs."""
         if self._call is not None:
             self._call.cancel()
             self._call = None

@@ -137,10 +137,13 @@ class Pipeline:
                 for chunk in await window.pass_through(message.chunk) if message.HasField("chunk") else ():
                     work.note(chunk)
                     yield Response(chunk=chunk, usage=work.usage)
-                if work.complete:
-                    break
+                if message.HasField("end"):
+                    work.note_engine(message.end.timing)
+                elif work.complete and window.blocked:
+                    break  # the worker does not know that nobody wants the rest
             work.output_verdicts = window.verdicts()
             yield Response(end=self._end(work), usage=work.usage)
+            await window.finish()
         finally:
             window.close()
             call = call or await _abandon(dispatching)

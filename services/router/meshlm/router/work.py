@@ -122,6 +122,10 @@ class Work:
             raise MeshError(Reason.DEADLINE, "the deadline passed")
         return left
 
+    def note_engine(self, timing: pb.Timing) -> None:
+        """What the worker says of its own stages."""
+        self.timing.queue, self.timing.prefill, self.timing.decode = timing.queue, timing.prefill, timing.decode
+
     def note(self, chunk: pb.Chunk) -> None:
         """A chunk goes out to the client."""
         if chunk.text and not self.timing.time_to_first_token:
