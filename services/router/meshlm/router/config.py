@@ -72,7 +72,7 @@ class RouterConfig:
     # Seconds a whole request may take where the caller sets no deadline.
     default_deadline_seconds: float = 600.0
     # Seconds the guard may take for an input, or for one piece of an answer.
-    guard_seconds: float = 5.0
+    guard_seconds: float = 10.0
     # Seconds the cache may take to find an answer (waiting for another's flight is extra).
     cache_seconds: float = 1.0
     # Seconds to wait for another request's identical answer before making one's own.

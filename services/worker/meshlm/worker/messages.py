@@ -62,7 +62,7 @@ ToEngine = Submit | Cancel | Stop
 class Finish(StrEnum):
     """Why a sequence ended, as far as the engine can know (stop strings are the front's)."""
 
-    STOP_TOKEN = "stop_token"
+    STOP_TOKEN = "stop_token"  # noqa: S105  no password
     LENGTH = "length"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
