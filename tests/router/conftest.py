@@ -136,6 +136,7 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
         self.down = False
         self.hold: asyncio.Event | None = None
         self.policy = "p1"
+        self.declines: MeshError | None = None
         self.inputs: list[Any] = []
 
     async def CheckInput(self, request: Any, context: Any) -> Any:
@@ -144,6 +145,8 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
             await self.hold.wait()
         if self.down:
             raise RuntimeError
+        if self.declines is not None:
+            raise self.declines
         text = " ".join([m.content for m in request.input.chat.messages] + [request.input.prompt, request.token_text])
         verdict = pb.Verdict(action=pb.Verdict.ACTION_ALLOW, policy_version=self.policy)
         if "attack" in text:
@@ -173,6 +176,8 @@ class FakeCache(cache_pb2_grpc.CacheServiceServicer):
 
     def __init__(self) -> None:
         self.down = False
+        self.full = False  # will not store
+        self.hold: asyncio.Event | None = None
         self.entries: dict[bytes, Any] = {}
         self.calls: list[str] = []
 
@@ -180,6 +185,8 @@ class FakeCache(cache_pb2_grpc.CacheServiceServicer):
         if self.down:
             raise RuntimeError
         self.calls.append("look_up_refresh" if request.refresh else "look_up")
+        if self.hold is not None:
+            await self.hold.wait()
         name = request.generation.SerializeToString(deterministic=True)
         if name in self.entries and not request.refresh:
             return cache_pb2.LookUpResponse(outcome=cache_pb2.LOOK_UP_OUTCOME_HIT, answer=self.entries[name])
@@ -187,6 +194,8 @@ class FakeCache(cache_pb2_grpc.CacheServiceServicer):
 
     async def Store(self, request: Any, context: Any) -> Any:
         self.calls.append("store")
+        if self.full:
+            raise RuntimeError
         self.entries[bytes.fromhex(request.key)] = request.answer
         return cache_pb2.StoreResponse(stored=True)
 

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
+from meshlm.chassis.errors import MeshError, Reason, from_rpc_error, invalid
 from meshlm.router.config import KeyConfig
+from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
 
@@ -148,6 +149,55 @@ async def test_a_guard_that_fails_is_treated_as_the_key_says(mesh: Any, policy: 
         assert text_of(result) == "Hello big world"
 
 
+@pytest.mark.parametrize("policy", ["refuse", "allow"])
+@pytest.mark.parametrize(("field", "reason"), [("input", Reason.REQUEST_INVALID), ("policy", Reason.GUARD_UNAVAILABLE)])
+async def test_what_the_guard_will_not_judge_passes_under_no_policy(
+    mesh: Any, policy: str, field: str, reason: Reason
+) -> None:
+    mesh.rekey((dataclasses.replace(mesh.config.keys[0], guard_failure=policy),))
+    mesh.guard.declines = invalid(field, "not this one")
+    error = await failure(mesh.stream())
+    assert error.reason == reason
+    assert error.retry_after is None
+
+
+async def test_an_answer_that_the_guard_did_not_judge_is_given_once_and_not_kept(mesh: Any) -> None:
+    mesh.rekey((dataclasses.replace(mesh.config.keys[0], guard_failure="allow"),))
+    for worker in mesh.workers:
+        worker.hold = asyncio.Event()
+    reading = asyncio.ensure_future(collect(mesh.stream()))
+    await until(lambda: any(worker.requests for worker in mesh.workers) and mesh.guard.inputs)
+    mesh.guard.down = True
+    for worker in mesh.workers:
+        worker.hold.set()
+    assert text_of(await reading) == "Hello big world"
+    assert mesh.cache.calls == ["look_up", "release"]
+
+
+async def test_an_answer_of_other_weights_than_were_looked_up_is_not_kept(mesh: Any) -> None:
+    mesh.cache.hold = asyncio.Event()
+    reading = asyncio.ensure_future(collect(mesh.stream()))
+    await until(lambda: mesh.cache.calls)
+    for worker in mesh.workers:
+        worker.load.model.revision = "r2"
+        worker.changed.set()
+    await until(lambda: all(replica.state.model.revision == "r2" for replica in mesh.fleet.replicas))
+    mesh.cache.hold.set()
+    assert (await reading)[0].start.routing.model_revision == "r2"
+    assert mesh.cache.calls == ["look_up", "release"]
+
+
+async def test_a_flight_whose_answer_cannot_be_stored_is_released(mesh: Any) -> None:
+    mesh.cache.full = True
+    await collect(mesh.stream())
+    assert mesh.cache.calls == ["look_up", "store", "release"]
+
+
+async def test_a_cache_that_hangs_is_a_miss(mesh: Any) -> None:
+    mesh.cache.hold = asyncio.Event()
+    assert text_of(await collect(mesh.stream())) == "Hello big world"
+
+
 async def test_a_blocked_answer_ends_as_content_filter_before_the_blocked_text(mesh: Any) -> None:
     for worker in mesh.workers:
         worker.pieces = ["The ", "code is ", "s", "ecret", " stuff"]
@@ -254,7 +304,7 @@ async def test_a_cancelled_stream_is_cancelled_at_the_worker_and_settled(mesh: A
     async with asyncio.timeout(10):
         while await tokens_charged(state) > 10:
             await asyncio.sleep(0.005)
-    assert mesh.cache.calls[-1] == "release"
+    await until(lambda: mesh.cache.calls[-1] == "release")
 
 
 async def test_a_passed_deadline_reaches_the_worker_and_is_settled(mesh: Any, state: Redis) -> None:
@@ -267,6 +317,43 @@ async def test_a_passed_deadline_reaches_the_worker_and_is_settled(mesh: Any, st
     async with asyncio.timeout(10):
         while await tokens_charged(state) > 10:
             await asyncio.sleep(0.005)
+
+
+class TestDefaultDeadline:
+    @pytest.fixture
+    def router_config(self) -> dict[str, Any]:
+        return {"default_deadline_seconds": 0.3}
+
+    @pytest.mark.parametrize("part", ["guard", "cache"])
+    async def test_it_bounds_the_guard_and_the_cache_too(self, mesh: Any, part: str) -> None:
+        getattr(mesh, part).hold = asyncio.Event()
+        mesh.rekey((dataclasses.replace(mesh.config.keys[0], guard_failure="allow"),))
+        async with asyncio.timeout(5):
+            assert (await failure(mesh.stream())).reason == Reason.DEADLINE
+
+
+async def test_a_request_cancelled_while_it_reserves_gives_all_of_it_back(mesh: Any, state: Redis) -> None:
+    reserve, reserved, answered = mesh.ledger.reserve, asyncio.Event(), asyncio.Event()
+
+    async def slow(*arguments: Any) -> Any:
+        reservation = await reserve(*arguments)
+        reserved.set()
+        await answered.wait()
+        return reservation
+
+    mesh.ledger.reserve = slow
+    request = inference_pb2.StreamGenerateRequest(generation=mesh.generation(sampling={"max_tokens": 5_000}))
+    work = Work.begin(request, mesh.config.keys[0], ("id", "0" * 32), None, mesh.config)
+    running = asyncio.ensure_future(anext(mesh.pipeline.run(work)))
+    await reserved.wait()
+    assert await tokens_charged(state) > 4_900
+    running.cancel()
+    await asyncio.wait({running}, timeout=0.05)
+    answered.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await mesh.pipeline.stop()
+    assert await tokens_charged(state) == 0
 
 
 @pytest.mark.parametrize("header", ["Bearer wrong", "a-key", "Basic a-key", ""])

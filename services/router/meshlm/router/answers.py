@@ -29,6 +29,7 @@ class Lookup:
     answer: cache_pb2.CachedAnswer | None = None
     key: str = ""
     flight: str = ""
+    revision: str = ""  # weights that were asked for
 
 
 class Answers:
@@ -43,9 +44,16 @@ class Answers:
             await self._channel.close()
 
     async def look_up(
-        self, request_id: str, key: KeyConfig, generation: pb.Generation, revision: str, *, refresh: bool = False
+        self,
+        request_id: str,
+        key: KeyConfig,
+        generation: pb.Generation,
+        revision: str,
+        *,
+        seconds_left: float,
+        refresh: bool = False,
     ) -> Lookup:
-        """Find an answer, wait for one in flight, or take the lead."""
+        """Find an answer, wait for one in flight (within `seconds_left`), or take the lead."""
         if self._stub is None or not _eligible(generation):
             return Lookup()
         request = cache_pb2.LookUpRequest(
@@ -55,15 +63,17 @@ class Answers:
             model_revision=revision,
             policy_version=key.guard_policy,
             refresh=refresh or generation.cache_policy == pb.CACHE_POLICY_REFRESH,
-            wait_seconds=self._wait,
         )
         with client_span(_SERVICE, "LookUp") as span:
-            lookup = await self._ask(request)
+            lookup = await self._ask(request, min(self._seconds, seconds_left))
+            if lookup.outcome == "timeout" and self._wait:
+                # Another's flight. Only now is it worth waiting: a cache that hangs must not cost that long.
+                request.wait_seconds = self._wait
+                lookup = await self._ask(request, min(self._seconds + self._wait, seconds_left))
             span.set_attribute(Name.CACHE_OUTCOME, lookup.outcome)
         return lookup
 
-    async def _ask(self, request: cache_pb2.LookUpRequest) -> Lookup:
-        timeout = self._seconds + self._wait
+    async def _ask(self, request: cache_pb2.LookUpRequest, timeout: float) -> Lookup:  # noqa: ASYNC109  gRPC's own
         try:
             found = await self._stub.LookUp(request, timeout=timeout, metadata=outgoing_metadata())
         except grpc.RpcError as error:
@@ -71,26 +81,29 @@ class Answers:
             return Lookup("unavailable")
         outcome = _OUTCOMES.get(found.outcome, "unavailable")
         answer = found.answer if outcome in ("hit", "shared") else None
-        return Lookup(outcome, answer, found.key, found.flight)
+        return Lookup(outcome, answer, found.key, found.flight, request.model_revision)
 
     async def keep(self, lookup: Lookup, answer: cache_pb2.CachedAnswer) -> None:
         """Store the answer of a flight this request leads."""
-        await self._end(
-            "Store", cache_pb2.StoreRequest(key=lookup.key, flight=lookup.flight, answer=answer), lookup.flight
-        )
+        request = cache_pb2.StoreRequest(key=lookup.key, flight=lookup.flight, answer=answer)
+        if not await self._end("Store", request, lookup.flight):
+            await self.release(lookup)  # too large to be sent, perhaps: whoever waits must not wait for it
 
     async def release(self, lookup: Lookup) -> None:
         """End a flight without an answer, so that whoever waits goes on."""
         await self._end("Release", cache_pb2.ReleaseRequest(key=lookup.key, flight=lookup.flight), lookup.flight)
 
-    async def _end(self, method: str, request: Any, flight: str) -> None:
+    async def _end(self, method: str, request: Any, flight: str) -> bool:
+        """Whether the cache heard it."""
         if self._stub is None or not flight:
-            return
+            return True
         with client_span(_SERVICE, method):
             try:
                 await getattr(self._stub, method)(request, timeout=self._seconds, metadata=outgoing_metadata())
             except grpc.RpcError as error:
                 log.warning("a flight could not be ended", method=method, code=error.code().name)
+                return False
+        return True
 
 
 def _eligible(generation: pb.Generation) -> bool:

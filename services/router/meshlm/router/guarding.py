@@ -15,7 +15,7 @@ from opentelemetry.trace import Span
 
 from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.channels import open_channel
-from meshlm.chassis.errors import MeshError, Reason
+from meshlm.chassis.errors import MeshError, Reason, from_rpc_error, invalid
 from meshlm.chassis.telemetry import Name, client_span, fail
 from meshlm.router.config import KeyConfig, RouterConfig
 from meshlm.v1 import generation_pb2 as pb
@@ -39,11 +39,11 @@ class Guards:
             await self._channel.close()
 
     async def check_input(
-        self, request_id: str, key: KeyConfig, source: pb.Input, token_text: str
+        self, request_id: str, key: KeyConfig, source: pb.Input, token_text: str, *, seconds_left: float
     ) -> pb.Verdict | None:
         """The verdict; None where there is no guard, or where it failed and the key's policy lets that pass.
 
-        Raises MeshError INJECTION_SUSPECTED, PROMPT_UNSAFE or GUARD_UNAVAILABLE.
+        Raises MeshError INJECTION_SUSPECTED, PROMPT_UNSAFE, REQUEST_INVALID, GUARD_UNAVAILABLE or DEADLINE.
         """
         if self._stub is None:
             return None
@@ -51,10 +51,15 @@ class Guards:
             request_id=request_id, tenant=key.tenant, policy=key.guard_policy, input=source, token_text=token_text
         )
         with client_span(_SERVICE, "CheckInput") as span:
+            timeout = min(self._seconds, seconds_left)
             try:
-                response = await self._stub.CheckInput(request, timeout=self._seconds, metadata=outgoing_metadata())
+                response = await self._stub.CheckInput(request, timeout=timeout, metadata=outgoing_metadata())
             except grpc.RpcError as error:
                 fail(span, error.code().name)
+                if timeout < self._seconds and error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise MeshError(Reason.DEADLINE, "the deadline passed") from None
+                if _declined(error) in ("", "input"):  # not `policy`, which is no fault of the caller's
+                    raise invalid("generation.input", "longer than the guard can judge") from None
                 _on_failure(key, error)
                 return None
             _describe(span, response.verdict)
@@ -114,6 +119,11 @@ class OutputWindow:
             held.blocked = True
             ready.append(_stopped(held, chunk.choice, ready))
         return ready
+
+    @property
+    def judged(self) -> bool:
+        """Whether all that went out was judged, if there is a guard at all."""
+        return self._open or self._stub is None
 
     @property
     def blocked(self) -> bool:
@@ -179,9 +189,20 @@ def _stopped(held: _Held, choice: int, ready: list[pb.Chunk]) -> pb.Chunk:
 
 
 def _on_failure(key: KeyConfig, error: BaseException) -> None:
+    """Raises MeshError GUARD_UNAVAILABLE, unless the guard cannot answer and the key's policy lets that pass."""
     log.warning("the guard does not answer", failure=key.guard_failure, error=type(error).__name__)
+    if _declined(error) is not None:  # it does answer: callers must not get by with what it will not judge
+        raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard cannot judge this text") from None
     if key.guard_failure == "refuse":
         raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard does not answer", retry_after=1.0) from None
+
+
+def _declined(error: BaseException) -> str | None:
+    """The field at fault where the guard will not judge what it was sent (empty: the whole); None if it failed."""
+    if not isinstance(error, grpc.RpcError):
+        return None
+    answer = from_rpc_error(error)
+    return answer.metadata.get("field", "") if answer.reason == Reason.REQUEST_INVALID else None
 
 
 def _refusal(verdict: pb.Verdict) -> MeshError:

@@ -58,6 +58,9 @@ class Pipeline:
         except MeshError as error:
             work.outcome = error.reason
             raise
+        except Exception:
+            work.outcome = Reason.INTERNAL
+            raise
         finally:
             await self._shielded(self._settle(work))
 
@@ -76,7 +79,14 @@ class Pipeline:
         with span("router.admit", attributes) as current:
             # The request's own id may be sent twice by a caller: a reservation is of this call alone.
             identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
-            work.reservation = await self._ledger.reserve(identifier, work.key, work.tokens_at_most)
+            reserving = asyncio.ensure_future(self._ledger.reserve(identifier, work.key, work.tokens_at_most))
+            try:
+                work.reservation = await asyncio.shield(reserving)
+            except asyncio.CancelledError:
+                # Redis goes on with the script: what it takes must be known, to be given back.
+                with contextlib.suppress(MeshError):
+                    work.reservation = await reserving
+                raise
             current.set_attribute(Name.LEDGER_MODE, work.reservation.mode)
         work.timing.admit = work.elapsed()
 
@@ -93,7 +103,9 @@ class Pipeline:
     async def _screen(self, work: Work) -> pb.Verdict | None:
         begun = time.perf_counter()
         text = await token_text(work)
-        verdict = await self._guards.check_input(work.request_id, work.key, work.generation.input, text)
+        verdict = await self._guards.check_input(
+            work.request_id, work.key, work.generation.input, text, seconds_left=work.seconds_left()
+        )
         work.timing.guard = time.perf_counter() - begun
         return verdict
 
@@ -104,13 +116,13 @@ class Pipeline:
         assert work.choice is not None  # noqa: S101
         begun = time.perf_counter()
         arguments = (work.request_id, work.key, work.generation, work.choice.revision)
-        work.lookup = await self._answers.look_up(*arguments)
+        work.lookup = await self._answers.look_up(*arguments, seconds_left=work.seconds_left())
         work.timing.cache = time.perf_counter() - begun
         if work.lookup.answer is None:
             return
         work.input_verdict = await screening
         if _policy(work.input_verdict) != _policy(work.lookup.answer.input_verdict):
-            work.lookup = await self._answers.look_up(*arguments, refresh=True)
+            work.lookup = await self._answers.look_up(*arguments, seconds_left=work.seconds_left(), refresh=True)
 
     async def _replay(self, work: Work) -> AsyncGenerator[Response, None]:
         answer = work.lookup.answer
@@ -141,7 +153,7 @@ class Pipeline:
                     work.note_engine(message.end.timing)
                 elif work.complete and window.blocked:
                     break  # the worker does not know that nobody wants the rest
-            work.output_verdicts = window.verdicts()
+            work.output_verdicts, work.judged = window.verdicts(), window.judged
             yield Response(end=self._end(work), usage=work.usage)
             await window.finish()
         finally:
@@ -182,7 +194,6 @@ class Pipeline:
             usage=work.usage,
             output_verdicts=work.output_verdicts,
             input_verdict=work.input_verdict,
-            stored_at=time.time(),
         )
         await self._answers.keep(work.lookup, answer)
 

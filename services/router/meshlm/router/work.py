@@ -40,6 +40,7 @@ class Work:
     lookup: Lookup = field(default_factory=Lookup)
     input_verdict: pb.Verdict | None = None
     output_verdicts: list[pb.Verdict] = field(default_factory=list)
+    judged: bool = False  # whether all of a whole answer passed the output guard, where there is one
     usage: pb.Usage = field(default_factory=pb.Usage)
     timing: pb.Timing = field(default_factory=pb.Timing)
     chunks: list[pb.Chunk] = field(default_factory=list)  # released, kept for the cache only
@@ -110,7 +111,9 @@ class Work:
 
     @property
     def cacheable(self) -> bool:
-        return self.complete and pb.FINISH_REASON_CONTENT_FILTER not in self.finishes.values()
+        """Whether the answer may be given again, to keys whose guard must not fail and for the weights looked up."""
+        whole = self.complete and pb.FINISH_REASON_CONTENT_FILTER not in self.finishes.values()
+        return whole and self.judged and self.choice is not None and self.choice.revision == self.lookup.revision
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
