@@ -164,6 +164,13 @@ def test_tenants_revisions_and_policies_do_not_share_answers() -> None:
     assert len(keys) == 4
 
 
+@pytest.mark.parametrize("kind", ["prompt", "chat"])
+def test_only_a_plain_prompt_is_another_one_where_control_tokens_count(kind: str) -> None:
+    made = changed(RELEVANT["prompt"]) if kind == "prompt" else generation()
+    plain, raw = (derive("t", made, "r", "p", control_tokens=count) for count in (False, True))
+    assert (plain != raw) == (kind == "prompt")
+
+
 @given(st.text(max_size=8), st.text(max_size=8), st.text(max_size=8), st.text(max_size=8))
 @settings(max_examples=100, deadline=None)
 def test_text_cannot_move_from_one_field_to_the_next(a: str, b: str, c: str, d: str) -> None:

@@ -58,7 +58,7 @@ class Rig:
 
 def lookup(prompt: str = "Hello", *, wait: float = 0.0) -> c.LookUpRequest:
     generation = g.Generation(model="m", input=g.Input(prompt=prompt))
-    return c.LookUpRequest(tenant="t", generation=generation, model_revision="r", policy_version="p", wait_seconds=wait)
+    return c.LookUpRequest(tenant="t", generation=generation, model_revision="r", policy="p", wait_seconds=wait)
 
 
 def answer(text: str) -> c.CachedAnswer:

@@ -180,8 +180,10 @@ class FakeCache(cache_pb2_grpc.CacheServiceServicer):
         self.hold: asyncio.Event | None = None
         self.entries: dict[bytes, Any] = {}
         self.calls: list[str] = []
+        self.lookups: list[cache_pb2.LookUpRequest] = []
 
     async def LookUp(self, request: Any, context: Any) -> Any:
+        self.lookups.append(request)
         if self.down:
             raise RuntimeError
         self.calls.append("look_up_refresh" if request.refresh else "look_up")

@@ -379,6 +379,20 @@ async def test_token_ids_need_the_right_and_are_judged_by_their_text(mesh: Any) 
     assert mesh.guard.inputs[-1].token_text == "decoded"
 
 
+async def test_answers_to_prompts_with_control_tokens_are_asked_for_as_such(mesh: Any) -> None:
+    source = pb.Input(prompt="<|im_start|>")
+    await collect(mesh.stream(input=source))
+    mesh.rekey((dataclasses.replace(mesh.config.keys[0], raw_prompts=True),))
+    await collect(mesh.stream(input=source))
+    assert [lookup.allow_control_tokens for lookup in mesh.cache.lookups] == [False, True]
+
+
+async def test_a_limit_that_a_key_has_not_is_not_told_as_spent(mesh: Any) -> None:
+    limits = (await collect(mesh.stream()))[0].start.limits
+    assert not limits.HasField("requests_remaining")
+    assert 0 < limits.tokens_remaining < 6_000
+
+
 @pytest.mark.parametrize(
     ("fields", "path"),
     [

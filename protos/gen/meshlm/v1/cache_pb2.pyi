@@ -62,21 +62,26 @@ class LookUpRequest(google.protobuf.message.Message):
     TENANT_FIELD_NUMBER: builtins.int
     GENERATION_FIELD_NUMBER: builtins.int
     MODEL_REVISION_FIELD_NUMBER: builtins.int
-    POLICY_VERSION_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
     REFRESH_FIELD_NUMBER: builtins.int
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
+    ALLOW_CONTROL_TOKENS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id of the request, for logs and spans."""
     tenant: builtins.str
     """Answers are shared within a tenant only."""
     model_revision: builtins.str
     """Digest of the model's weights."""
-    policy_version: builtins.str
-    """Version of the guard policies that would apply: a stricter policy must not be bypassed by an older answer."""
+    policy: builtins.str
+    """Name of the guard's policy that applies. The version under which an answer was made is in its input verdict: the
+    router compares it, so that a stricter policy is not bypassed by an older answer.
+    """
     refresh: builtins.bool
     """Do not return a stored answer, but take the lead."""
     wait_seconds: builtins.float
     """How long to wait for another's flight, seconds. The caller's deadline bounds it too."""
+    allow_control_tokens: builtins.bool
+    """As in RunGenerationRequest: a plain prompt with control tokens is another prompt where they count."""
     @property
     def generation(self) -> meshlm.v1.generation_pb2.Generation:
         """What would be generated, with the model's name resolved."""
@@ -88,12 +93,13 @@ class LookUpRequest(google.protobuf.message.Message):
         tenant: builtins.str = ...,
         generation: meshlm.v1.generation_pb2.Generation | None = ...,
         model_revision: builtins.str = ...,
-        policy_version: builtins.str = ...,
+        policy: builtins.str = ...,
         refresh: builtins.bool = ...,
         wait_seconds: builtins.float = ...,
+        allow_control_tokens: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["generation", b"generation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["generation", b"generation", "model_revision", b"model_revision", "policy_version", b"policy_version", "refresh", b"refresh", "request_id", b"request_id", "tenant", b"tenant", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow_control_tokens", b"allow_control_tokens", "generation", b"generation", "model_revision", b"model_revision", "policy", b"policy", "refresh", b"refresh", "request_id", b"request_id", "tenant", b"tenant", "wait_seconds", b"wait_seconds"]) -> None: ...
 
 global___LookUpRequest = LookUpRequest
 

@@ -151,7 +151,7 @@ class Chat(google.protobuf.message.Message):
     """Whether to open the assistant's turn after the last message. Default true."""
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Message]:
-        """At least one message, oldest first."""
+        """1 to 1024 messages, oldest first."""
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ class Sampling(google.protobuf.message.Message):
     min_p: builtins.float
     """Drop tokens below this share of the most likely one's probability. Range [0, 1]. Default 0."""
     repetition_penalty: builtins.float
-    """Divides (multiplies, if negative) the logits of tokens in prompt and output. Above 0. Default 1."""
+    """Divides (multiplies, if negative) the logits of tokens in prompt and output. Range (0, 100]. Default 1."""
     presence_penalty: builtins.float
     """Subtracted once from the logits of tokens already in the output. Range [-2, 2]. Default 0."""
     frequency_penalty: builtins.float
@@ -381,7 +381,7 @@ class Generation(google.protobuf.message.Message):
     priority: global___Priority.ValueType
     """How soon it is wanted."""
     session: builtins.str
-    """Requests of one session prefer one replica, whose prefix cache knows the conversation. At most 128 bytes."""
+    """Names a conversation: its requests may prefer the replica whose prefix cache knows it. At most 128 bytes."""
     cache_key: builtins.str
     """Separates answers and prefixes within a tenant: equal keys share, others do not. At most 128 bytes."""
     cache_policy: global___CachePolicy.ValueType

@@ -97,16 +97,21 @@ class LimitState(google.protobuf.message.Message):
     REQUESTS_REMAINING_FIELD_NUMBER: builtins.int
     TOKENS_REMAINING_FIELD_NUMBER: builtins.int
     requests_remaining: builtins.int
-    """Requests left in this minute's allowance."""
+    """Requests left in this minute's allowance; absent where they have no limit."""
     tokens_remaining: builtins.int
-    """Tokens left in this minute's allowance."""
+    """Tokens left in this minute's allowance; absent where they have no limit."""
     def __init__(
         self,
         *,
-        requests_remaining: builtins.int = ...,
-        tokens_remaining: builtins.int = ...,
+        requests_remaining: builtins.int | None = ...,
+        tokens_remaining: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["requests_remaining", b"requests_remaining", "tokens_remaining", b"tokens_remaining"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_requests_remaining", b"_requests_remaining", "_tokens_remaining", b"_tokens_remaining", "requests_remaining", b"requests_remaining", "tokens_remaining", b"tokens_remaining"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_requests_remaining", b"_requests_remaining", "_tokens_remaining", b"_tokens_remaining", "requests_remaining", b"requests_remaining", "tokens_remaining", b"tokens_remaining"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_requests_remaining", b"_requests_remaining"]) -> typing.Literal["requests_remaining"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_tokens_remaining", b"_tokens_remaining"]) -> typing.Literal["tokens_remaining"] | None: ...
 
 global___LimitState = LimitState
 
@@ -135,7 +140,7 @@ class StreamStart(google.protobuf.message.Message):
 
     @property
     def limits(self) -> global___LimitState:
-        """Limits left; absent for keys without limits."""
+        """Limits left; absent for keys without limits, and while the ledger does not answer."""
 
     def __init__(
         self,

@@ -49,7 +49,9 @@ class Key:
         return f"meshlm:{{cache:{self.tenant}}}:flight:{self.answer}"
 
 
-def derive(tenant: str, generation: g.Generation, model_revision: str, policy_version: str) -> Key:
+def derive(
+    tenant: str, generation: g.Generation, model_revision: str, policy: str, *, control_tokens: bool = False
+) -> Key:
     """The key. Raises MeshError REQUEST_INVALID for a generation without input."""
     if not tenant:
         raise invalid("tenant", "required")
@@ -59,10 +61,11 @@ def derive(tenant: str, generation: g.Generation, model_revision: str, policy_ve
         "model": generation.model,
         "revision": model_revision,
         "adapter": generation.adapter,
-        "policy": policy_version,
+        "policy": policy,
         "scope": generation.cache_key,
         "ids": generation.return_token_ids,
         "input": _input(generation.input),
+        "control": control_tokens and generation.input.HasField("prompt"),  # nowhere else do they count
         "sampling": _sampling(generation.sampling),
     }
     # JSON with sorted names and escaped text is injective: two contents never share an encoding.

@@ -69,7 +69,13 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         self, request: cache_pb2.LookUpRequest, context: grpc.aio.ServicerContext
     ) -> cache_pb2.LookUpResponse:
         begun = time.perf_counter()
-        key = derive(request.tenant, request.generation, request.model_revision, request.policy_version)
+        key = derive(
+            request.tenant,
+            request.generation,
+            request.model_revision,
+            request.policy,
+            control_tokens=request.allow_control_tokens,
+        )
         wait = self._wait(request.wait_seconds, seconds_left(context))
         landing = await self._look_up(key, wait, refresh=request.refresh)
         outcome = str(landing.outcome) if landing is not None else "unavailable"

@@ -61,7 +61,8 @@ class Answers:
             tenant=key.tenant,
             generation=generation,
             model_revision=revision,
-            policy_version=key.guard_policy,
+            policy=key.guard_policy,
+            allow_control_tokens=key.raw_prompts,
             refresh=refresh or generation.cache_policy == pb.CACHE_POLICY_REFRESH,
         )
         with client_span(_SERVICE, "LookUp") as span:

@@ -168,8 +168,11 @@ class Pipeline:
         )
         reservation = work.reservation
         if reservation is not None and (reservation.requests_left is not None or reservation.tokens_left is not None):
-            start.limits.requests_remaining = reservation.requests_left or 0
-            start.limits.tokens_remaining = reservation.tokens_left or 0
+            start.limits.MergeFrom(
+                inference_pb2.LimitState(
+                    requests_remaining=reservation.requests_left, tokens_remaining=reservation.tokens_left
+                )
+            )
         return start
 
     def _end(self, work: Work) -> inference_pb2.StreamEnd:
