@@ -119,6 +119,23 @@ def test_counts_grow_with_the_sequence_and_are_rebuilt_after_forget() -> None:
     assert grown[0, 2] == logits()[0, 2] - 2
 
 
+@pytest.mark.parametrize("sampling", [{"temperature": 1e-38}, {"temperature": 1.0, "repetition_penalty": 1e-38}])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_smallest_values_that_are_allowed_draw_the_likeliest_token(sampling: dict[str, Any], top_p: float) -> None:
+    row = logits()
+    best = int(row.argmax())  # a token id outside the vocabulary would end the engine at the next step
+    [entry] = Sampler().sample(row, [sequence([best], [], top_p=top_p, **sampling)])
+    assert entry.token == best
+
+
+def test_a_step_that_is_tried_again_counts_no_token_twice() -> None:
+    sampler, one = Sampler(), sequence([1], [2], temperature=0.0, frequency_penalty=1.0)
+    once, twice = logits(), logits()
+    sampler.sample(once, [one])
+    sampler.sample(twice, [one])
+    assert torch.equal(once, twice)
+
+
 def test_bias_moves_a_token_up_and_bans_another() -> None:
     row = logits()
     best = int(row.argmax())

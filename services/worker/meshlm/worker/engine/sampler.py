@@ -16,6 +16,7 @@ from meshlm.worker.engine.sequence import Sampled, Sequence
 from meshlm.worker.messages import Sampling, TokenLogprob
 
 _CANDIDATES = 256  # top-p looks at this many tokens before it sorts the whole vocabulary
+_COLDEST = 1e-5  # a lower temperature draws the same token, and would divide logits to infinity
 _MASK64 = (1 << 64) - 1
 
 
@@ -40,7 +41,8 @@ class _Counts:
     length: int = 0
 
     def catch_up(self, sequence: Sequence) -> None:
-        fresh = torch.tensor(sequence.tokens[self.length :], device=self.seen.device)
+        # May be empty: a step that ran out of memory after its penalties is tried again.
+        fresh = torch.tensor(sequence.tokens[self.length :], dtype=torch.int64, device=self.seen.device)
         self.seen[fresh] = True
         answered = fresh[max(0, sequence.prompt_length - self.length) :]
         self.output.index_add_(0, answered, torch.ones_like(answered, dtype=torch.float32))
@@ -115,7 +117,8 @@ class _Report:
 def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """logits: (rows, vocab), overwritten. One token a row, by inverse distribution in the order of token ids."""
     samplings = [sequence.request.sampling for sequence in sequences]
-    logits /= _column([sampling.temperature for sampling in samplings], logits)
+    logits /= _column([max(sampling.temperature, _COLDEST) for sampling in samplings], logits)
+    logits.clamp_(max=torch.finfo(logits.dtype).max)  # a tiny repetition penalty: infinity less infinity is no number
     filter_logits(logits, samplings)
     cumulative = torch.softmax(logits, -1).cumsum(-1, dtype=torch.float64)
     numbers = [uniform(s.request.sampling.seed, s.output_length) for s in sequences]
