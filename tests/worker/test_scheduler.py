@@ -244,6 +244,15 @@ def test_preempted_sequences_take_no_place_in_the_queue_from_new_ones() -> None:
     assert [b.finished[name].reason for name in ("old", "preempted", "new")] == [Finish.LENGTH] * 3
 
 
+def test_a_full_queue_does_not_refuse_what_was_let_in_with_an_earlier_sequence() -> None:
+    b = bench(scheduling=SchedulerSettings(max_running=1, max_waiting=1, chunk_tokens=8, step_tokens=20))
+    for name, admitted in [("first", False), ("second_choice", True), ("refused", False)]:
+        b.engine.submit(submit(name, [1], admitted=admitted))
+    b.drain()
+    assert b.finished["refused"].reason is Finish.OVERLOADED
+    assert b.finished["second_choice"].reason is Finish.LENGTH
+
+
 def test_out_of_memory_ends_the_newest_and_the_others_go_on() -> None:
     b = bench(fail_at={2})
     for name, arrival in [("old", 1.0), ("newest", 3.0), ("middle", 2.0)]:

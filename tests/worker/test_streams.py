@@ -29,7 +29,7 @@ GREEDY = Sampling(temperature=0)
 
 
 def plan(prompt: bytes = b"hello", **fields: object) -> Plan:
-    limits = {name: fields.pop(name) for name in ("max_tokens", "min_tokens") if name in fields}
+    limits = {name: fields.pop(name) for name in ("max_tokens", "min_tokens", "stop_token_ids") if name in fields}
     given = {
         "generated": [],
         "sampling": GREEDY,
@@ -252,3 +252,26 @@ async def test_leaving_a_call_frees_its_blocks() -> None:
             while client.load is None or client.load.cancelled_total < 2:
                 await asyncio.sleep(0.005)
         assert client.load.free_blocks == client.load.total_blocks
+
+
+@pytest.mark.mesh
+async def test_other_choices_start_where_the_first_ends_without_a_token() -> None:
+    sampling = Sampling(seed=next(s for s in range(99) if expected_tokens([1], Sampling(seed=s), 1, 2) == [END]))
+    made = plan(b"\x01", choices=2, max_tokens=3, sampling=sampling, stop_token_ids=frozenset([END]))
+    async with running(end_one_in=2) as client, asyncio.timeout(10):
+        responses = await collect(client, made)
+    finished = {response.chunk.choice for response in responses if response.chunk.finish_reason}
+    assert finished == {0, 1}
+
+
+@pytest.mark.mesh
+async def test_a_queue_that_fills_up_behind_a_request_does_not_end_its_other_choices() -> None:
+    async with running(step_seconds=0.02) as client:
+        several = asyncio.create_task(collect(client, plan(choices=4, max_tokens=40)))
+        async with asyncio.timeout(10):
+            while client.load is None or client.load.running < 1:
+                await asyncio.sleep(0.001)
+        others = [asyncio.create_task(collect(client, plan(b"w%d" % i, max_tokens=2))) for i in range(3)]
+        responses = await several
+        assert [len(answer(responses, choice)) for choice in range(4)] == [40] * 4
+        await asyncio.gather(*others, return_exceptions=True)

@@ -44,6 +44,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     sampling: Sampling
     limits: Limits
     priority: int = 0  # smaller goes first, as in vLLM
+    admitted: bool = False  # its request was let in with an earlier sequence: a full queue does not refuse it
     cache_salt: bytes = b""  # prefix-cache blocks are shared only among equal salts
     arrival: float = 0.0  # seconds, `time.monotonic`
 

@@ -97,7 +97,7 @@ class Scheduler:
         self._live[sequence.id] = sequence
         if len(sequence.tokens) >= self.longest:
             self._end(sequence, Finish.TOO_LONG, now)
-        elif self._unstarted() >= self.settings.max_waiting:
+        elif not request.admitted and self._unstarted() >= self.settings.max_waiting:
             self._end(sequence, Finish.OVERLOADED, now)
         else:
             self._wait(sequence)

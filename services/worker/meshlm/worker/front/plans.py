@@ -55,6 +55,7 @@ class Plan:
             sampling=msgspec.structs.replace(self.sampling, seed=seed),
             limits=self.limits,
             priority=self.priority,
+            admitted=choice > 0,
             cache_salt=self.cache_salt,
             arrival=time.monotonic(),
         )

@@ -182,7 +182,7 @@ class Generation:
                         yield worker_pb2.RunGenerationResponse(chunk=chunk, usage=self.usage)
                     if choice.failure is not None:
                         raise choice.failure
-                if self.choices[0].made and len(self.choices) < self.plan.choices:
+                if (self.choices[0].made or self.choices[0].done) and len(self.choices) < self.plan.choices:
                     self._open_others(sequences)
         yield worker_pb2.RunGenerationResponse(end=self._end(), usage=self.usage)
 
@@ -211,7 +211,7 @@ class Generation:
         return chunk
 
     def _open_others(self, sequences: ExitStack) -> None:
-        """After choice 0 has its first token, the prompt is in the prefix cache for the others."""
+        """After choice 0 has its first token, or ended at it, the prompt is in the prefix cache for the others."""
         for index in range(1, self.plan.choices):
             choice = Choice(index, self.plan, self._tokenizer)
             self.choices.append(choice)
