@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -24,6 +24,7 @@ from meshlm.v1 import guard_pb2, guard_pb2_grpc
 log = structlog.get_logger()
 
 _SERVICE = "meshlm.v1.GuardService"
+T = TypeVar("T")
 
 
 class Guards:
@@ -102,6 +103,14 @@ class OutputWindow:
         self._open = stub is not None  # false once the guard failed and the key's policy let that pass
         self._held: dict[int, _Held] = {}
 
+    async def open(self) -> None:
+        """Begin the check while the worker still computes, so that the first text does not wait for it.
+
+        Raises MeshError GUARD_UNAVAILABLE.
+        """
+        if self._open:
+            await self._guarded(self._begin())
+
     async def pass_through(self, chunk: pb.Chunk) -> list[pb.Chunk]:
         """The chunks of this choice that may go out now. Raises MeshError GUARD_UNAVAILABLE."""
         held = self._held.setdefault(chunk.choice, _Held())
@@ -150,22 +159,30 @@ class OutputWindow:
 
     async def _judge(self, chunk: pb.Chunk, last: bool) -> guard_pb2.CheckOutputResponse | None:
         text = guard_pb2.OutputText(choice=chunk.choice, text=chunk.text, last=last)
+        return await self._guarded(self._ask(text))
+
+    async def _begin(self) -> None:
+        self._call = self._stub.CheckOutput(metadata=outgoing_metadata())
+        await self._call.write(guard_pb2.CheckOutputRequest(start=self._start))
+
+    async def _ask(self, text: guard_pb2.OutputText) -> guard_pb2.CheckOutputResponse:
+        await self._call.write(guard_pb2.CheckOutputRequest(text=text))
+        answer = await self._call.read()
+        if answer is grpc.aio.EOF:
+            raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard ended its stream")
+        response: guard_pb2.CheckOutputResponse = answer
+        return response
+
+    async def _guarded(self, talk: Awaitable[T]) -> T | None:
+        """Its result, within the time a guard has; None where it failed and the key's policy lets that pass."""
         try:
             async with asyncio.timeout(self._seconds):
-                if self._call is None:
-                    self._call = self._stub.CheckOutput(metadata=outgoing_metadata())
-                    await self._call.write(guard_pb2.CheckOutputRequest(start=self._start))
-                await self._call.write(guard_pb2.CheckOutputRequest(text=text))
-                answer = await self._call.read()
-            if answer is grpc.aio.EOF:
-                raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard ended its stream")
+                return await talk
         except (grpc.RpcError, TimeoutError, asyncio.InvalidStateError, MeshError) as error:
             self.close()
             _on_failure(self._key, error)
             self._open = False
             return None
-        response: guard_pb2.CheckOutputResponse = answer
-        return response
 
 
 def _released_before(held: _Held) -> int:

@@ -143,6 +143,7 @@ class Pipeline:
         try:
             work.input_verdict = await screening
             call = await dispatching
+            await window.open()
             yield Response(start=self._start(work), usage=work.usage)
             async for message in call.messages():
                 work.usage = message.usage
