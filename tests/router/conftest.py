@@ -87,6 +87,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             model=worker_pb2.WorkerModel(name="m", revision="r1", max_context=100, chat=True),
         )
         self.changed = asyncio.Event()
+        self.mute = False  # new watchers hear nothing
         self.pieces = ["Hello", " big", " world"]
         self.refusal: MeshError | None = None
         self.failure: MeshError | None = None  # after the first piece
@@ -96,6 +97,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
 
     async def WatchLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
         while True:
+            if self.mute:
+                await asyncio.Event().wait()
             yield self.load
             await self.changed.wait()
             self.changed.clear()

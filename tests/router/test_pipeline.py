@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error, invalid
 from meshlm.router.config import KeyConfig
+from meshlm.router.fleet import Fleet
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
@@ -254,6 +255,20 @@ async def test_a_draining_replica_gets_none(mesh: Any) -> None:
     mesh.workers[0].changed.set()
     await until(lambda: mesh.fleet.replicas[0].state.draining)
     assert list((await collect(mesh.stream()))[0].start.routing.candidates) == ["w1"]
+
+
+async def test_a_worker_that_falls_silent_is_not_sent_anything(mesh: Any) -> None:
+    fleet = Fleet(mesh.config.workers, default_model="", aliases={}, silence_seconds=0.2)
+    fleet.start()
+    await until(lambda: all(replica.usable for replica in fleet.replicas))
+    mesh.workers[0].mute = True
+    await until(lambda: not fleet.replicas[0].usable)
+    with contextlib.suppress(TimeoutError):  # its connection stands, and it says nothing: it must not come back
+        await until(lambda: fleet.replicas[0].usable, bound=0.5)
+    assert not fleet.replicas[0].usable
+    mesh.workers[0].mute = False
+    await until(lambda: fleet.replicas[0].usable)
+    await fleet.stop()
 
 
 async def test_a_fault_in_mid_stream_tells_what_was_used(mesh: Any) -> None:

@@ -19,6 +19,8 @@ log = structlog.get_logger()
 
 _SERVICE = "meshlm.v1.WorkerService"
 _RETRY_SECONDS = 0.2
+# A worker tells its load every second. One that is stopped or cut off keeps its connection for much longer.
+_SILENCE_SECONDS = 10.0
 
 
 class Replica:
@@ -70,10 +72,18 @@ class Choice:
 class Fleet:
     """All workers of the configuration. Keeps no facts but what workers push."""
 
-    def __init__(self, targets: Iterable[str], *, default_model: str, aliases: dict[str, str]) -> None:
+    def __init__(
+        self,
+        targets: Iterable[str],
+        *,
+        default_model: str,
+        aliases: dict[str, str],
+        silence_seconds: float = _SILENCE_SECONDS,
+    ) -> None:
         self.replicas = [Replica(target) for target in targets]
         self._default_model = default_model
         self._aliases = aliases
+        self._silence_seconds = silence_seconds
         self._watches: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -123,17 +133,22 @@ class Fleet:
         return found
 
     async def _watch(self, replica: Replica) -> None:
-        """Follow one worker for ever; its silence makes it unusable at once."""
+        """Follow one worker for ever; it is unusable once its stream breaks or falls silent."""
         while True:
             try:
                 call = replica.stub.WatchLoad(worker_pb2.WatchLoadRequest(watcher="router"), wait_for_ready=True)
-                async for state in call:
+                while (state := await self._next(call)) is not grpc.aio.EOF:
                     if replica.state is None:
                         log.info("worker heard", target=replica.target, replica=state.replica, model=state.model.name)
                     replica.hear(state)
-            except grpc.RpcError as error:
+            except (grpc.RpcError, TimeoutError) as error:
                 if replica.state is not None:
-                    log.warning("worker lost", target=replica.target, code=error.code().name)
+                    code = error.code().name if isinstance(error, grpc.RpcError) else "SILENT"
+                    log.warning("worker lost", target=replica.target, code=code)
             finally:
                 replica.lose()
             await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _next(self, call: Any) -> Any:
+        async with asyncio.timeout(self._silence_seconds):  # ends the call, too
+            return await call.read()
