@@ -117,6 +117,9 @@ def test_display_hides_hashes_and_passwords_in_urls() -> None:
     shown = masked(Example(server=ServerConfig(listen="x"), model_path=Path("/m"), keys=(Key("k", "topsecret"),)))
     assert shown["keys"][0] == {"id": "k", "secret_hash": "***", "limit": None}
     assert masked(StateConfig(redis_url="redis://u:pw@h:1/0"))["redis_url"] == "redis://***@h:1/0"
+    assert masked(StateConfig(redis_url="unix://u:p@/s?password=pw"))["redis_url"] == "unix://***@/s?***"
+    assert masked(StateConfig(redis_url="redis://u:p?w@h"))["redis_url"] == "redis://***@?***"
+    assert masked(StateConfig(redis_url="unix:///s"))["redis_url"] == "unix:///s"
 
 
 def test_a_missing_file_is_an_error_and_not_an_empty_configuration(tmp_path: Path) -> None:

@@ -435,6 +435,14 @@ async def test_a_bad_field_is_named(mesh: Any, fields: dict[str, Any], path: str
     assert error.metadata["field"] == path
 
 
+async def test_an_input_that_is_too_large_is_neither_answered_nor_counted(mesh: Any) -> None:
+    source = pb.Input(prompt="x" * (mesh.config.max_input_bytes + 1))
+    assert (await failure(mesh.stream(input=source))).metadata["field"] == "generation.input"
+    with pytest.raises(grpc.RpcError) as caught:
+        await mesh.stub.CountTokens(inference_pb2.CountTokensRequest(input=source), metadata=mesh.metadata)
+    assert from_rpc_error(caught.value).metadata["field"] == "input"
+
+
 async def test_an_unknown_model_is_told_and_an_alias_is_resolved(mesh: Any) -> None:
     assert (await failure(mesh.stream(model="none"))).reason == Reason.MODEL_UNKNOWN
     assert (await collect(mesh.stream(model="alias")))[0].start.routing.model == "m"

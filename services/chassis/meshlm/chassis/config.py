@@ -247,9 +247,11 @@ def masked(value: Any, name: str = "") -> Any:
         return [masked(item, name) for item in value]
     if isinstance(value, str) and value and any(word in name for word in ("hash", "secret", "password", "pepper")):
         return "***"
-    if isinstance(value, str) and "://" in value and "@" in value:
+    if isinstance(value, str) and "://" in value and ("@" in value or "?" in value):
         scheme, rest = value.split("://", 1)
-        return f"{scheme}://***@{rest.rsplit('@', 1)[1]}"
+        before, query, _ = rest.partition("?")  # which may name a password as well, or stand in one
+        _, user, place = before.rpartition("@")
+        return f"{scheme}://{'***@' if '@' in rest else ''}{place if user or '@' not in rest else ''}{query and '?***'}"
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict, TypeVar, Unpack
 
 from meshlm.chassis.errors import invalid
+from meshlm.chassis.validation import is_deterministic
 from meshlm.v1 import generation_pb2 as pb
 
 Turn = Mapping[str, str] | pb.Message | tuple[str, str]
@@ -131,8 +132,7 @@ def _sample(sampling: pb.Sampling, asked: Asked) -> None:
 def deterministic(generation: pb.Generation) -> bool:
     """Whether the same request gives the same single answer, so that a broken stream may be resumed."""
     sampling = generation.sampling
-    greedy = sampling.HasField("temperature") and sampling.temperature == 0
-    return (greedy or sampling.HasField("seed")) and (not sampling.HasField("n") or sampling.n == 1)
+    return is_deterministic(sampling) and (not sampling.HasField("n") or sampling.n == 1)
 
 
 def _named(table: Mapping[str, T], name: str, field: str) -> T:

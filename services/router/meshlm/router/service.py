@@ -14,8 +14,9 @@ from meshlm.chassis.validation import check_input
 from meshlm.router.config import RouterConfig
 from meshlm.router.fleet import Fleet
 from meshlm.router.identity import KeyRing
+from meshlm.router.measure import measure
 from meshlm.router.pipeline import Pipeline
-from meshlm.router.work import Work
+from meshlm.router.work import Work, check_size
 from meshlm.v1 import inference_pb2 as pb
 from meshlm.v1 import inference_pb2_grpc, worker_pb2
 from meshlm.v1.generation_pb2 import Chunk
@@ -75,6 +76,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> pb.CountTokensResponse:
         key = self._keys.identify(context.invocation_metadata())
         check_input(request.input, "input")
+        check_size(measure(request.input), self._config, "input")
         model = self._fleet.resolve(request.model)
         if key.models and model not in key.models:
             raise MeshError(Reason.KEY_NOT_ALLOWED, "this key may not use this model", metadata={"model": model})

@@ -142,10 +142,15 @@ class Work:
 def _check_permissions(generation: pb.Generation, key: KeyConfig, measured: Measure, config: RouterConfig) -> None:
     if generation.input.WhichOneof("input") == "token_ids" and not key.raw_prompts:
         raise MeshError(Reason.KEY_NOT_ALLOWED, "this key may not send token ids", metadata={"right": "raw_prompts"})
-    if measured.size > config.max_input_bytes:
-        raise invalid("generation.input", f"larger than {config.max_input_bytes} bytes")
+    check_size(measured, config, "generation.input")
     if generation.adapter:
         raise invalid("generation.adapter", "no adapter of this name is loaded")
+
+
+def check_size(measured: Measure, config: RouterConfig, path: str) -> None:
+    """Raises MeshError REQUEST_INVALID."""
+    if measured.size > config.max_input_bytes:
+        raise invalid(path, f"larger than {config.max_input_bytes} bytes")
 
 
 def _check_resume(request: inference_pb2.StreamGenerateRequest, generation: pb.Generation) -> None:
