@@ -418,6 +418,8 @@ async def test_a_limit_that_a_key_has_not_is_not_told_as_spent(mesh: Any) -> Non
         ({"sampling": {"max_tokens": 5, "min_tokens": 6}}, "generation.sampling.min_tokens"),
         ({"sampling": {"logit_bias": {1: float("nan")}}}, "generation.sampling.logit_bias"),
         ({"session": "x" * 129}, "generation.session"),
+        ({"priority": 9}, "generation.priority"),
+        ({"cache_policy": -1}, "generation.cache_policy"),
         ({"adapter": "a"}, "generation.adapter"),
         ({"input": pb.Input()}, "generation.input"),
         (

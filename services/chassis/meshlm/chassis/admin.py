@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -22,8 +23,8 @@ class AdminPort:
         if not listen:
             return
         host, _, port = listen.rpartition(":")
-        handler = _handler(life, describe)
-        self._server = ThreadingHTTPServer((host.strip("[]"), int(port)), handler)
+        kind = _ServerV6 if host.startswith("[") else ThreadingHTTPServer
+        self._server = kind((host.strip("[]"), int(port)), _handler(life, describe))
         self._server.daemon_threads = True
 
     @property
@@ -38,6 +39,10 @@ class AdminPort:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
+
+
+class _ServerV6(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
 
 
 def _handler(life: Life, describe: Callable[[], dict[str, Any]]) -> type[BaseHTTPRequestHandler]:

@@ -37,6 +37,9 @@ def check_generation(generation: pb.Generation) -> None:
     """A generation's own consistency; whether the model exists and the input fits is for others to say."""
     check_input(generation.input)
     check_sampling(generation.sampling)
+    for name, kind in (("priority", pb.Priority), ("cache_policy", pb.CachePolicy)):
+        if getattr(generation, name) not in kind.values():  # proto3 lets any number through
+            raise invalid(f"generation.{name}", "not one of its values")
     for name in ("session", "cache_key"):
         if len(getattr(generation, name).encode()) > 128:
             raise invalid(f"generation.{name}", "longer than 128 bytes")

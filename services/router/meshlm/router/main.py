@@ -52,6 +52,8 @@ class RouterService:
     async def start(self, life: Life) -> None:
         """Ready as soon as it listens: replicas come and go, and a request that finds none gets that as its reason."""
         self._fleet.start()
+        if self._redis is None and any(key.requests_per_minute or key.tokens_per_minute for key in self._config.keys):
+            log.warning("state.redis_url is empty: keys get the emergency share of their limits, from each router")
 
     async def drain(self) -> None:
         """Nothing to do: calls in flight end by themselves, and new ones are refused already."""
