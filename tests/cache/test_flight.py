@@ -92,6 +92,17 @@ async def test_a_wait_ends_in_time(rig: Rig) -> None:
     assert (await asyncio.wait_for(rig.flights.look_up(KEY, wait=0.05), 5)).outcome is Outcome.TIMEOUT
 
 
+async def test_a_drain_ends_every_wait_and_keeps_what_there_is(rig: Rig) -> None:
+    leader = await rig.flights.look_up(KEY, wait=0)
+    waiting = [asyncio.create_task(rig.flights.look_up(KEY, wait=60)) for _ in range(3)]
+    await asyncio.wait(waiting, timeout=0.05)
+    rig.flights.drain()
+    landings = await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    assert {landing.outcome for landing in landings} == {Outcome.TIMEOUT}
+    assert await rig.flights.land(KEY, leader.flight, ANSWER)
+    assert (await rig.flights.look_up(KEY, wait=60)).outcome is Outcome.HIT
+
+
 async def test_a_refresh_takes_the_lead_from_whoever_has_it(rig: Rig) -> None:
     first = await rig.flights.look_up(KEY, wait=0)
     assert await rig.flights.land(KEY, first.flight, ANSWER)

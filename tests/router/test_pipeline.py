@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error, invalid
 from meshlm.router.config import KeyConfig
@@ -325,13 +326,16 @@ async def test_a_cancelled_stream_is_cancelled_at_the_worker_and_settled(mesh: A
 async def test_a_passed_deadline_reaches_the_worker_and_is_settled(mesh: Any, state: Redis) -> None:
     for worker in mesh.workers:
         worker.hold = asyncio.Event()
-    error = await failure(mesh.stream(timeout=0.5, sampling={"max_tokens": 5_000}))
-    assert error.reason == Reason.DEADLINE
-    worker = next(worker for worker in mesh.workers if worker.requests)
-    await asyncio.wait_for(worker.cancelled.wait(), 10)
-    async with asyncio.timeout(10):
-        while await tokens_charged(state) > 10:
-            await asyncio.sleep(0.005)
+    with capture_logs() as lines:
+        error = await failure(mesh.stream(timeout=0.5, sampling={"max_tokens": 5_000}))
+        assert error.reason == Reason.DEADLINE
+        worker = next(worker for worker in mesh.workers if worker.requests)
+        await asyncio.wait_for(worker.cancelled.wait(), 10)
+        async with asyncio.timeout(10):
+            while await tokens_charged(state) > 10:
+                await asyncio.sleep(0.005)
+        await until(lambda: any(line["event"] == "request" for line in lines))
+    assert [line["outcome"] for line in lines if line["event"] == "request"] == [Reason.DEADLINE]
 
 
 class TestDefaultDeadline:

@@ -45,6 +45,7 @@ class Flights:
         self._ttl = ttl_seconds
         self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._giving_back: set[asyncio.Task[None]] = set()
+        self._draining = False
 
     async def look_up(self, key: Key, *, wait: float, refresh: bool = False) -> Landing:
         """The answer or the lead; TIMEOUT after `wait` seconds of another's flight.
@@ -63,7 +64,7 @@ class Flights:
                 if found.lead:
                     return Landing(Outcome.LEAD, flight=flight)
                 left = until - time.monotonic()
-                if left <= 0:
+                if left <= 0 or self._draining:
                     return Landing(Outcome.TIMEOUT)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(woken.wait(), min(pause, left))
@@ -89,6 +90,13 @@ class Flights:
                 await self.release(key, flight)
 
         self._keep(asyncio.create_task(release()))
+
+    def drain(self) -> None:
+        """From now on nobody waits for another: a wait may be longer than the time that is left to end."""
+        self._draining = True
+        for events in self._waiting.values():
+            for event in events:
+                event.set()
 
     async def close(self) -> None:
         """Wait for flights being given back."""

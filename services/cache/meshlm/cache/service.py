@@ -59,7 +59,8 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             return
 
     async def drain(self) -> None:
-        """Nothing: lookups end by themselves, within their wait."""
+        """Lookups that wait for another's flight end now, as if their wait had."""
+        self._flights.drain()
 
     async def stop(self) -> None:
         await self._flights.close()

@@ -62,6 +62,8 @@ class Pipeline:
             work.outcome = Reason.INTERNAL
             raise
         finally:
+            if work.outcome == "cancelled" and work.late:
+                work.outcome = Reason.DEADLINE  # gRPC cancels what is too late
             await self._shielded(self._settle(work))
 
     async def stop(self) -> None:

@@ -118,6 +118,10 @@ class Work:
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
 
+    @property
+    def late(self) -> bool:
+        return time.perf_counter() >= self.deadline
+
     def seconds_left(self) -> float:
         """Raises MeshError DEADLINE where nothing is left."""
         left = self.deadline - time.perf_counter()
