@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,20 @@ def test_a_gguf_files_revision_is_its_sha256_and_is_cached(tmp_path: Path) -> No
     assert model_revision(path, tmp_path / "cache") == "f" * 64
     with pytest.raises(ModelFileError, match="No such file"):
         model_revision(tmp_path / "absent.gguf", tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_or_read_does_not_stop_a_start(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"weights")
+    known = hashlib.sha256(b"weights").hexdigest()
+    (tmp_path / "file").write_text("no folder")
+    assert model_revision(path, tmp_path / "file" / "cache") == known
+    assert model_revision(path, tmp_path / "cache") == known
+    [entry] = (tmp_path / "cache").iterdir()
+    entry.write_bytes(b"\xff" * 64)
+    assert model_revision(path, tmp_path / "cache") == known
+    assert entry.read_text() == known
+    entry.unlink()
+    entry.mkdir()
+    assert model_revision(path, tmp_path / "cache") == known
+    assert list((tmp_path / "cache").iterdir()) == [entry]

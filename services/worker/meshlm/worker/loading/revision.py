@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -18,7 +19,8 @@ _BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "t
 def model_revision(path: Path, cache: Path) -> str:
     """64 hexadecimal digits: the SHA-256 of a GGUF file, or over the names and digests of a folder's files.
 
-    Digests are kept in `cache` (made if absent) by path, size and time of change, since hashing reads every byte.
+    Digests are kept in `cache` (made if absent, done without where it cannot be written) by path, size and time of
+    change, since hashing reads every byte.
     Raises ModelFileError: a file is missing or cannot be read.
     """
     if not path.is_dir():
@@ -45,17 +47,30 @@ def _cached_digest(path: Path, cache: Path) -> str:
         stat = path.stat()
         key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
         entry = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.sha256"
-        if entry.is_file() and len(known := entry.read_text("ascii").strip()) == 64:
-            return known
-        digest = _digest(path)
-        cache.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: two workers may start at the same time.
-        with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:
-            file.write(digest)
-        Path(file.name).replace(entry)
+        known = _kept(entry)
+        digest = known or _digest(path)
     except OSError as error:
         raise ModelFileError(path, error.strerror or str(error)) from None
+    if not known:
+        _keep(entry, digest)
     return digest
+
+
+def _kept(entry: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError):
+        if len(known := entry.read_text("ascii").strip()) == 64:
+            return known
+    return None
+
+
+def _keep(entry: Path, digest: str) -> None:
+    """Written aside and renamed: two workers may start at the same time. Where it cannot be written, a read-only file
+    system for one, the next start reads the file again."""
+    with contextlib.suppress(OSError):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=entry.parent) as aside:
+            (Path(aside) / entry.name).write_text(digest, "ascii")
+            (Path(aside) / entry.name).replace(entry)
 
 
 def _digest(path: Path) -> str:
