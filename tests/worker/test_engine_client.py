@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -147,6 +150,36 @@ async def test_an_idle_engine_is_not_taken_for_a_hanging_one() -> None:
                 break
         assert set(reports) == {1}
         assert len(reports) >= 3
+
+
+async def test_a_folder_that_cannot_be_made_puts_the_next_engine_off_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[str] = []
+    make = tempfile.mkdtemp
+
+    def full_disk_once(**kinds: str) -> str:
+        made.append(kinds["prefix"])
+        if len(made) == 1:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return make(**kinds)
+
+    async with running() as client:
+        monkeypatch.setattr(tempfile, "mkdtemp", full_disk_once)
+        os.kill(client.pid, signal.SIGKILL)
+        await until(lambda: len(made) == 2 and client.able)
+
+
+async def test_the_engines_threads_sleep_where_they_wait_unless_the_operator_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for said, wanted in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if said:
+            monkeypatch.setenv("OMP_WAIT_POLICY", said)
+        async with running() as client:
+            environment = Path(f"/proc/{client.pid}/environ").read_bytes().split(b"\0")  # noqa: ASYNC240 - not a disk
+        assert f"OMP_WAIT_POLICY={wanted}".encode() in environment
 
 
 async def test_out_of_memory_ends_one_stream_and_not_the_engine() -> None:

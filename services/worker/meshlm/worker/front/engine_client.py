@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 import structlog
+import zmq
 
 from meshlm.worker.front.engine_process import EngineProcess, EngineSettings
 from meshlm.worker.messages import (
@@ -240,7 +241,11 @@ class EngineClient:
 
     async def _live_once(self) -> str:
         """From the start of an engine to its end; says how it ended."""
-        engine = EngineProcess(self._settings)
+        try:
+            engine = EngineProcess(self._settings)
+        except (OSError, zmq.ZMQError):  # no room for its folder or sockets; there may be later
+            log.exception("engine cannot be started")
+            return "the engine could not be started"
         self._last_message = time.monotonic()
         self.starts += 1
         why = "the engine was stopped"

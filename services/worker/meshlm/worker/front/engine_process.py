@@ -69,6 +69,8 @@ class EngineProcess:
             "meshlm.worker.engine.process",
             msgspec.json.encode(self._settings).decode(),
             stdin=asyncio.subprocess.DEVNULL,
+            # Threads that spin at their barriers take many times longer where others need the cores too.
+            env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ,
         )
 
     def send(self, message: ToEngine) -> None:
