@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from meshlm.chassis.errors import MeshError, Reason
@@ -84,3 +85,13 @@ async def test_a_chat_may_be_left_open_for_the_caller_to_continue() -> None:
     chat = pb.Chat(messages=[pb.Message(role="user", content="hi")], add_generation_prompt=False)
     tokens = await PROMPTS.encode(pb.Input(chat=chat), control_tokens=False, vocab_size=257)
     assert tokens == [*b"<user>hi", END]
+
+
+async def test_a_tokenizer_with_more_tokens_than_the_model_cannot_harm_the_engine() -> None:
+    chat = pb.Chat(messages=[pb.Message(role="user", content="hi")])  # its template writes END
+    with pytest.raises(MeshError) as caught:
+        await PROMPTS.encode(pb.Input(chat=chat), control_tokens=False, vocab_size=END)
+    assert caught.value.metadata["field"] == "generation.input.chat"
+    request = worker_pb2.RunGenerationRequest(generation=pb.Generation(input=pb.Input(prompt="hi")))
+    smaller = msgspec.structs.replace(FACTS, vocab_size=END)
+    assert (await make_plan(request, PROMPTS, smaller, "fake", None)).limits.stop_token_ids == frozenset()

@@ -80,7 +80,7 @@ async def make_plan(
         prompt=prompt,
         generated=list(request.generated),
         sampling=_sampling(generation.sampling),
-        limits=_limits(generation.sampling, prompts, _room(prompt, facts), seconds),
+        limits=_limits(generation.sampling, _eos_ids(prompts, facts), _room(prompt, facts), seconds),
         stops=tuple(generation.sampling.stop),
         choices=generation.sampling.n or 1,
         priority=PRIORITIES.get(generation.priority, 0),
@@ -125,11 +125,16 @@ def _sampling(sampling: pb.Sampling) -> Sampling:
     )
 
 
-def _limits(sampling: pb.Sampling, prompts: Prompts, room: int, seconds: float | None) -> Limits:
+def _eos_ids(prompts: Prompts, facts: ModelFacts) -> frozenset[int]:
+    """Of the tokenizer, which may know more tokens than the model: those are never drawn."""
+    return frozenset(token for token in prompts.tokenizer.eos_ids if token < facts.vocab_size)
+
+
+def _limits(sampling: pb.Sampling, eos_ids: frozenset[int], room: int, seconds: float | None) -> Limits:
     stop_tokens = frozenset(sampling.stop_token_ids)
     return Limits(
         max_tokens=min(sampling.max_tokens or room, room),
         min_tokens=sampling.min_tokens,
-        stop_token_ids=stop_tokens if sampling.ignore_eos else stop_tokens | prompts.tokenizer.eos_ids,
+        stop_token_ids=stop_tokens if sampling.ignore_eos else stop_tokens | eos_ids,
         deadline=None if seconds is None else time.monotonic() + seconds,
     )

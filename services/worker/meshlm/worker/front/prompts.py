@@ -37,20 +37,21 @@ class Prompts:
         Raises MeshError REQUEST_INVALID naming the field.
         """
         if source.ByteSize() <= INLINE_BYTES:
-            tokens = self._encode(source, control_tokens, vocab_size)
+            tokens = self._encode(source, control_tokens)
         else:
-            tokens = await asyncio.to_thread(self._encode, source, control_tokens, vocab_size)
+            tokens = await asyncio.to_thread(self._encode, source, control_tokens)
         if not tokens:
             raise invalid(PATH, "has no tokens")
+        if max(tokens) >= vocab_size:  # ids as given, or a tokenizer with more tokens than the model
+            path = f"{PATH}.{source.WhichOneof('input')}"
+            raise invalid(path, f"has a token that the model lacks: each must be below {vocab_size}")
         return tokens
 
-    def _encode(self, source: pb.Input, control_tokens: bool, vocab_size: int) -> list[int]:
+    def _encode(self, source: pb.Input, control_tokens: bool) -> list[int]:
         if source.WhichOneof("input") == "chat":
             return self._encode_chat(source.chat)
         if source.WhichOneof("input") == "prompt":
             return self.tokenizer.encode(source.prompt, parse_control=control_tokens, add_bos=True)
-        if max(source.token_ids.ids) >= vocab_size:
-            raise invalid(f"{PATH}.token_ids", f"each must be below {vocab_size}")
         return list(source.token_ids.ids)
 
     def _encode_chat(self, chat: pb.Chat) -> list[int]:
