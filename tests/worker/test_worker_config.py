@@ -50,3 +50,17 @@ def test_what_is_in_force_can_be_shown() -> None:
     _, server, describe = build(Source({"worker": {"engine": "fake", "server": {"listen": "unix:/tmp/w"}}}, {}))
     assert server.listen == "unix:/tmp/w"
     assert describe()["worker"]["scheduler"]["max_waiting"] == 256
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"block_size": 12}, "block_size must be a power of two"),
+        ({"kv_blocks": 0}, "kv_blocks and threads must be at least 1"),
+        ({"threads": 0}, "kv_blocks and threads must be at least 1"),
+        ({"max_context": 1}, "max_context must be at least 2"),
+    ],
+)
+def test_sizes_that_cannot_serve_are_refused_before_an_engine_starts(wrong: dict[str, int], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        read(model_path="/models/x.gguf", **wrong)

@@ -57,7 +57,8 @@ class WorkerConfig:
     block_size: int = 16
     # How much is done at once.
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
-    # Seconds without a step, with work to do, after which the engine is killed and started again.
+    # Seconds without a step, with work to do, after which the engine is killed and started again: more than the longest
+    # step takes, which is a prefill of `scheduler.step_tokens`.
     hang_seconds: float = 30.0
     # Seconds without progress after which a loading engine is killed.
     load_seconds: float = 600.0
@@ -71,6 +72,12 @@ class WorkerConfig:
             raise ValueError("hang_seconds and load_seconds must be above 0")
         if self.kv_memory < 1 or self.block_size < 1:
             raise ValueError("kv_memory and block_size must be at least 1")
+        if self.block_size & (self.block_size - 1):
+            raise ValueError("block_size must be a power of two")
+        if any(count is not None and count < 1 for count in (self.kv_blocks, self.threads)):
+            raise ValueError("kv_blocks and threads must be at least 1")
+        if self.max_context is not None and self.max_context < 2:
+            raise ValueError("max_context must be at least 2: a token of input and one of answer")
 
     @property
     def model_name(self) -> str:
