@@ -61,9 +61,7 @@ def check_input(source: pb.Input, path: str = "generation.input") -> None:
         for number, message in enumerate(messages):
             if message.role not in ("system", "user", "assistant", "tool"):
                 raise invalid(f"{path}.chat.messages[{number}].role", "must be system, user, assistant or tool")
-            if message.HasField("name") and not _SPEAKER.fullmatch(
-                message.name
-            ):  # templates print it; guards do not read it
+            if message.HasField("name") and not _SPEAKER.fullmatch(message.name):  # templates print it
                 raise invalid(f"{path}.chat.messages[{number}].name", "must have 1 to 64 of A-Z a-z 0-9 _ -")
     elif kind == "prompt" and not source.prompt:
         raise invalid(f"{path}.prompt", "must not be empty")

@@ -151,7 +151,8 @@ class _Choice:
 def _judged(request: guard_pb2.CheckInputRequest, policy: Policy) -> tuple[list[tuple[int, str]], int]:
     """What is judged, each with its offset, and the length of it all.
 
-    Offsets count through the contents of all messages, joined by one line feed; a prompt counts from 0.
+    Offsets count through the contents of all messages, joined by one line feed; a prompt counts from 0. What is in a
+    speaker's name is told from where the message begins.
     Raises MeshError REQUEST_INVALID.
     """
     match request.input.WhichOneof("input"):
@@ -164,6 +165,8 @@ def _judged(request: guard_pb2.CheckInputRequest, policy: Policy) -> tuple[list[
             for message in request.input.chat.messages:
                 if not policy.trusts(message.role):
                     texts.append((offset, message.content))
+                    if message.name:  # chat templates print it
+                        texts.append((offset, message.name))
                 offset += len(message.content) + len(_JOINT)
             return texts, offset
         case _:
