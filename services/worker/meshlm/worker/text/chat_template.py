@@ -91,17 +91,21 @@ class ChatTemplate:
 
 
 def _spelled_pattern(controls: list[str]) -> str:
-    """Matches the first character of a control token, or of a beginning of one that the text ends with."""
+    """Matches the first character of a control token, or of a beginning of one that the text ends with,
+    spaces aside: templates trim."""
     rests: dict[str, dict[str, None]] = {}
     for token in controls:
         patterns = rests.setdefault(token[0], {})
         patterns[re.escape(token[1:])] = None
-        patterns |= dict.fromkeys(re.escape(token[1:cut]) + r"\Z" for cut in range(1, len(token)))
+        patterns |= dict.fromkeys(re.escape(token[1:cut]) + r"\s*\Z" for cut in range(1, len(token)))
     return "|".join(f"{re.escape(first)}(?={'|'.join(patterns)})" for first, patterns in rests.items()) or r"(?!)"
 
 
 def _unused_mark(text: str) -> str:
-    return next(mark for mark in _MARKS if mark not in text)
+    for mark in _MARKS:
+        if mark not in text:
+            return mark
+    raise ChatTemplateError("the messages hold every character that could mark control tokens", refused=True)
 
 
 def _map_text(value: Any, change: Any) -> Any:
