@@ -89,6 +89,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.changed = asyncio.Event()
         self.mute = False  # new watchers hear nothing
         self.pieces = ["Hello", " big", " world"]
+        self.skipped = ""  # told with the first chunk
         self.refusal: MeshError | None = None
         self.failure: MeshError | None = None  # after the first piece
         self.hold: asyncio.Event | None = None  # before each piece after the first
@@ -123,7 +124,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 usage.completion_tokens = number + 1
                 last = number + 1 == len(self.pieces)
                 chunk = pb.Chunk(token_offset=number, token_count=1, text=piece, finish_reason=int(last))
-                yield worker_pb2.RunGenerationResponse(chunk=chunk, usage=usage)
+                skipped = self.skipped if number == 0 else ""
+                yield worker_pb2.RunGenerationResponse(chunk=chunk, usage=usage, skipped_text=skipped)
             timing = pb.Timing(queue=0.5, prefill=1.5, decode=2.5)
             yield worker_pb2.RunGenerationResponse(end=worker_pb2.GenerationEnd(timing=timing), usage=usage)
             ended = True

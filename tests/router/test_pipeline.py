@@ -213,6 +213,14 @@ async def test_a_blocked_answer_ends_as_content_filter_before_the_blocked_text(m
     assert mesh.cache.calls == ["look_up", "release"]
 
 
+async def test_a_resumed_answer_is_judged_with_what_went_before_it(mesh: Any) -> None:
+    for worker in mesh.workers:
+        worker.skipped, worker.pieces = "the s", ["ecret", " is out"]
+    responses = await collect(mesh.stream(resume_from=2))
+    assert text_of(responses) == ""
+    assert responses[-2].chunk.finish_reason == pb.FINISH_REASON_CONTENT_FILTER
+
+
 async def test_held_text_goes_out_once_the_guard_releases_it(mesh: Any) -> None:
     for worker in mesh.workers:
         worker.pieces = ["yes", "terday", "s"]

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from meshlm.v1 import generation_pb2 as meshlm_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16meshlm/v1/worker.proto\x12\tmeshlm.v1\x1a\x1ameshlm/v1/generation.proto\"\xaf\x01\n\x14RunGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\ngeneration\x18\x02 \x01(\x0b\x32\x15.meshlm.v1.Generation\x12\x12\n\ncache_salt\x18\x03 \x01(\x0c\x12\x13\n\x0bresume_from\x18\x04 \x01(\r\x12\x11\n\tgenerated\x18\x05 \x03(\r\x12\x1c\n\x14\x61llow_control_tokens\x18\x06 \x01(\x08\"W\n\x12GenerationAccepted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\"G\n\rGenerationEnd\x12!\n\x06timing\x18\x01 \x01(\x0b\x32\x11.meshlm.v1.Timing\x12\x13\n\x0bpreemptions\x18\x02 \x01(\r\"\xc0\x01\n\x15RunGenerationResponse\x12\x31\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1d.meshlm.v1.GenerationAcceptedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.ChunkH\x00\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x18.meshlm.v1.GenerationEndH\x00\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.meshlm.v1.UsageB\x07\n\x05\x65vent\":\n\x17\x43ountInputTokensRequest\x12\x1f\n\x05input\x18\x01 \x01(\x0b\x32\x10.meshlm.v1.Input\"E\n\x18\x43ountInputTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\ntoken_text\x18\x02 \x01(\t\"#\n\x10WatchLoadRequest\x12\x0f\n\x07watcher\x18\x01 \x01(\t\"\xb4\x01\n\x0bWorkerModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x0c\n\x04\x63hat\x18\x04 \x01(\x08\x12\x10\n\x08\x61\x64\x61pters\x18\x05 \x03(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x14\n\x0cquantization\x18\x07 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x10\n\x08kv_bytes\x18\t \x01(\x04\"\xee\x02\n\x11WatchLoadResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.meshlm.v1.WorkerModel\x12\x0e\n\x06region\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x15\n\rwaiting_limit\x18\x08 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\t \x01(\r\x12\x14\n\x0ctotal_blocks\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x1e\n\x16pending_prefill_tokens\x18\x0c \x01(\x04\x12\x15\n\rprefix_digest\x18\r \x01(\x0c\x12+\n\x08\x63ounters\x18\x0e \x01(\x0b\x32\x19.meshlm.v1.EngineCounters\x12\x14\n\x0cstep_seconds\x18\x0f \x01(\x01\"\x98\x01\n\x0e\x45ngineCounters\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x02 \x01(\x04\x12\x11\n\tcancelled\x18\x03 \x01(\x04\x12!\n\x19\x62locks_freed_after_cancel\x18\x04 \x01(\x04\x12\x15\n\rout_of_memory\x18\x05 \x01(\x04\x12\x15\n\rengine_starts\x18\x06 \x01(\x04\x32\x8c\x02\n\rWorkerService\x12T\n\rRunGeneration\x12\x1f.meshlm.v1.RunGenerationRequest\x1a .meshlm.v1.RunGenerationResponse0\x01\x12[\n\x10\x43ountInputTokens\x12\".meshlm.v1.CountInputTokensRequest\x1a#.meshlm.v1.CountInputTokensResponse\x12H\n\tWatchLoad\x12\x1b.meshlm.v1.WatchLoadRequest\x1a\x1c.meshlm.v1.WatchLoadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16meshlm/v1/worker.proto\x12\tmeshlm.v1\x1a\x1ameshlm/v1/generation.proto\"\xaf\x01\n\x14RunGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\ngeneration\x18\x02 \x01(\x0b\x32\x15.meshlm.v1.Generation\x12\x12\n\ncache_salt\x18\x03 \x01(\x0c\x12\x13\n\x0bresume_from\x18\x04 \x01(\r\x12\x11\n\tgenerated\x18\x05 \x03(\r\x12\x1c\n\x14\x61llow_control_tokens\x18\x06 \x01(\x08\"W\n\x12GenerationAccepted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\"G\n\rGenerationEnd\x12!\n\x06timing\x18\x01 \x01(\x0b\x32\x11.meshlm.v1.Timing\x12\x13\n\x0bpreemptions\x18\x02 \x01(\r\"\xd6\x01\n\x15RunGenerationResponse\x12\x31\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1d.meshlm.v1.GenerationAcceptedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.ChunkH\x00\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x18.meshlm.v1.GenerationEndH\x00\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.meshlm.v1.Usage\x12\x14\n\x0cskipped_text\x18\x05 \x01(\tB\x07\n\x05\x65vent\":\n\x17\x43ountInputTokensRequest\x12\x1f\n\x05input\x18\x01 \x01(\x0b\x32\x10.meshlm.v1.Input\"E\n\x18\x43ountInputTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\ntoken_text\x18\x02 \x01(\t\"#\n\x10WatchLoadRequest\x12\x0f\n\x07watcher\x18\x01 \x01(\t\"\xb4\x01\n\x0bWorkerModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x0c\n\x04\x63hat\x18\x04 \x01(\x08\x12\x10\n\x08\x61\x64\x61pters\x18\x05 \x03(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x14\n\x0cquantization\x18\x07 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x10\n\x08kv_bytes\x18\t \x01(\x04\"\xee\x02\n\x11WatchLoadResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.meshlm.v1.WorkerModel\x12\x0e\n\x06region\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x15\n\rwaiting_limit\x18\x08 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\t \x01(\r\x12\x14\n\x0ctotal_blocks\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x1e\n\x16pending_prefill_tokens\x18\x0c \x01(\x04\x12\x15\n\rprefix_digest\x18\r \x01(\x0c\x12+\n\x08\x63ounters\x18\x0e \x01(\x0b\x32\x19.meshlm.v1.EngineCounters\x12\x14\n\x0cstep_seconds\x18\x0f \x01(\x01\"\x98\x01\n\x0e\x45ngineCounters\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x02 \x01(\x04\x12\x11\n\tcancelled\x18\x03 \x01(\x04\x12!\n\x19\x62locks_freed_after_cancel\x18\x04 \x01(\x04\x12\x15\n\rout_of_memory\x18\x05 \x01(\x04\x12\x15\n\rengine_starts\x18\x06 \x01(\x04\x32\x8c\x02\n\rWorkerService\x12T\n\rRunGeneration\x12\x1f.meshlm.v1.RunGenerationRequest\x1a .meshlm.v1.RunGenerationResponse0\x01\x12[\n\x10\x43ountInputTokens\x12\".meshlm.v1.CountInputTokensRequest\x1a#.meshlm.v1.CountInputTokensResponse\x12H\n\tWatchLoad\x12\x1b.meshlm.v1.WatchLoadRequest\x1a\x1c.meshlm.v1.WatchLoadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,19 +39,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATIONEND']._serialized_start=332
   _globals['_GENERATIONEND']._serialized_end=403
   _globals['_RUNGENERATIONRESPONSE']._serialized_start=406
-  _globals['_RUNGENERATIONRESPONSE']._serialized_end=598
-  _globals['_COUNTINPUTTOKENSREQUEST']._serialized_start=600
-  _globals['_COUNTINPUTTOKENSREQUEST']._serialized_end=658
-  _globals['_COUNTINPUTTOKENSRESPONSE']._serialized_start=660
-  _globals['_COUNTINPUTTOKENSRESPONSE']._serialized_end=729
-  _globals['_WATCHLOADREQUEST']._serialized_start=731
-  _globals['_WATCHLOADREQUEST']._serialized_end=766
-  _globals['_WORKERMODEL']._serialized_start=769
-  _globals['_WORKERMODEL']._serialized_end=949
-  _globals['_WATCHLOADRESPONSE']._serialized_start=952
-  _globals['_WATCHLOADRESPONSE']._serialized_end=1318
-  _globals['_ENGINECOUNTERS']._serialized_start=1321
-  _globals['_ENGINECOUNTERS']._serialized_end=1473
-  _globals['_WORKERSERVICE']._serialized_start=1476
-  _globals['_WORKERSERVICE']._serialized_end=1744
+  _globals['_RUNGENERATIONRESPONSE']._serialized_end=620
+  _globals['_COUNTINPUTTOKENSREQUEST']._serialized_start=622
+  _globals['_COUNTINPUTTOKENSREQUEST']._serialized_end=680
+  _globals['_COUNTINPUTTOKENSRESPONSE']._serialized_start=682
+  _globals['_COUNTINPUTTOKENSRESPONSE']._serialized_end=751
+  _globals['_WATCHLOADREQUEST']._serialized_start=753
+  _globals['_WATCHLOADREQUEST']._serialized_end=788
+  _globals['_WORKERMODEL']._serialized_start=791
+  _globals['_WORKERMODEL']._serialized_end=971
+  _globals['_WATCHLOADRESPONSE']._serialized_start=974
+  _globals['_WATCHLOADRESPONSE']._serialized_end=1340
+  _globals['_ENGINECOUNTERS']._serialized_start=1343
+  _globals['_ENGINECOUNTERS']._serialized_end=1495
+  _globals['_WORKERSERVICE']._serialized_start=1498
+  _globals['_WORKERSERVICE']._serialized_end=1766
 # @@protoc_insertion_point(module_scope)

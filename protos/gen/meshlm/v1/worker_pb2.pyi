@@ -117,6 +117,11 @@ class RunGenerationResponse(google.protobuf.message.Message):
     CHUNK_FIELD_NUMBER: builtins.int
     END_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
+    SKIPPED_TEXT_FIELD_NUMBER: builtins.int
+    skipped_text: builtins.str
+    """With the first chunk of a resumed generation: the text released by the tokens before `resume_from`. It is not to be
+    sent again, but a guard must see it, for what it blocks may begin there.
+    """
     @property
     def accepted(self) -> global___GenerationAccepted:
         """First message."""
@@ -140,9 +145,10 @@ class RunGenerationResponse(google.protobuf.message.Message):
         chunk: meshlm.v1.generation_pb2.Chunk | None = ...,
         end: global___GenerationEnd | None = ...,
         usage: meshlm.v1.generation_pb2.Usage | None = ...,
+        skipped_text: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["accepted", b"accepted", "chunk", b"chunk", "end", b"end", "event", b"event", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "chunk", b"chunk", "end", b"end", "event", b"event", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "chunk", b"chunk", "end", b"end", "event", b"event", "skipped_text", b"skipped_text", "usage", b"usage"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["accepted", "chunk", "end"] | None: ...
 
 global___RunGenerationResponse = RunGenerationResponse

@@ -6,6 +6,8 @@ and nowhere else.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -103,11 +105,11 @@ _BUCKETS: Mapping[str, Sequence[float]] = {
 class Telemetry:
     """The process's providers; `close` flushes what is still in memory."""
 
-    def __init__(self, service: str, config: TelemetryConfig, *, instance: str = "") -> None:
+    def __init__(self, service: str, config: TelemetryConfig) -> None:
         resource = Resource.create(
             {
                 "service.name": f"meshlm-{service}",
-                "service.instance.id": instance or service,
+                "service.instance.id": f"{socket.gethostname()}-{os.getpid()}",
                 "deployment.environment.name": config.environment,
             }
         )

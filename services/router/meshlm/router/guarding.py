@@ -111,15 +111,19 @@ class OutputWindow:
         if self._open:
             await self._guarded(self._begin())
 
-    async def pass_through(self, chunk: pb.Chunk) -> list[pb.Chunk]:
-        """The chunks of this choice that may go out now. Raises MeshError GUARD_UNAVAILABLE."""
+    async def pass_through(self, chunk: pb.Chunk, skipped: str = "") -> list[pb.Chunk]:
+        """The chunks of this choice that may go out now; `skipped` is text before it that went out in another stream.
+
+        Raises MeshError GUARD_UNAVAILABLE.
+        """
         held = self._held.setdefault(chunk.choice, _Held())
         if held.blocked:
             return []
-        held.chars += len(chunk.text)
+        text = skipped + chunk.text
+        held.chars += len(text)
         held.chunks.append((chunk, held.chars))
         last = chunk.finish_reason != pb.FINISH_REASON_UNSPECIFIED
-        released = await self._judge(chunk, last) if self._open and (chunk.text or last) else None
+        released = await self._judge(chunk.choice, text, last) if self._open and (text or last) else None
         if released is None:
             return list(_pop(held, held.chars if not self._open else _released_before(held)))
         held.verdict = released.verdict
@@ -157,16 +161,16 @@ class OutputWindow:
             self._call.cancel()
             self._call = None
 
-    async def _judge(self, chunk: pb.Chunk, last: bool) -> guard_pb2.CheckOutputResponse | None:
-        text = guard_pb2.OutputText(choice=chunk.choice, text=chunk.text, last=last)
-        return await self._guarded(self._ask(text))
+    async def _judge(self, choice: int, text: str, last: bool) -> guard_pb2.CheckOutputResponse | None:
+        return await self._guarded(self._ask(guard_pb2.OutputText(choice=choice, text=text, last=last)))
 
     async def _begin(self) -> None:
         self._call = self._stub.CheckOutput(metadata=outgoing_metadata())
         await self._call.write(guard_pb2.CheckOutputRequest(start=self._start))
 
     async def _ask(self, text: guard_pb2.OutputText) -> guard_pb2.CheckOutputResponse:
-        await self._call.write(guard_pb2.CheckOutputRequest(text=text))
+        with contextlib.suppress(asyncio.InvalidStateError):  # the guard ended its side: reading tells why
+            await self._call.write(guard_pb2.CheckOutputRequest(text=text))
         answer = await self._call.read()
         if answer is grpc.aio.EOF:
             raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard ended its stream")

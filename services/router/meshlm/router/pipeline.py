@@ -149,9 +149,10 @@ class Pipeline:
             yield Response(start=self._start(work), usage=work.usage)
             async for message in call.messages():
                 work.usage = message.usage
-                for chunk in await window.pass_through(message.chunk) if message.HasField("chunk") else ():
-                    work.note(chunk)
-                    yield Response(chunk=chunk, usage=work.usage)
+                if message.HasField("chunk"):
+                    for chunk in await window.pass_through(message.chunk, message.skipped_text):
+                        work.note(chunk)
+                        yield Response(chunk=chunk, usage=work.usage)
                 if message.HasField("end"):
                     work.note_engine(message.end.timing)
                 elif work.complete and window.blocked:
