@@ -124,9 +124,12 @@ def test_resumed_text_is_the_rest_of_the_first_stream(text: str, stops: list[str
     cut = data.draw(st.integers(0, len(made)))
     events: list[Event] = [*tokens(made), Finished(id="", reason=Finish.LENGTH)]
     before = chunks_of(Choice(0, plan(stops=tuple(stops)), TOKENIZER), [[event] for event in events])
-    after = chunks_of(Choice(0, plan(stops=tuple(stops), resume_from=cut), TOKENIZER), [events])
+    resumed = Choice(0, plan(stops=tuple(stops), resume_from=cut), TOKENIZER)
+    after = chunks_of(resumed, [events])
     sent = [chunk.text for chunk in before if chunk.token_offset < cut and chunk.token_count]
     assert "".join(sent) + "".join(chunk.text for chunk in after) == "".join(chunk.text for chunk in before)
+    assert resumed.take_skipped() == "".join(sent)
+    assert resumed.take_skipped() == ""
     assert before[-1].finish_reason == after[-1].finish_reason
     if sum(chunk.token_count for chunk in before) >= cut and after[0].token_count:
         assert after[0].token_offset == cut
@@ -210,6 +213,7 @@ async def test_a_broken_stream_goes_on_behind_the_tokens_made_elsewhere() -> Non
         whole = plan(max_tokens=8, generated=drawn[:5], resume_from=3)
         responses = await collect(client, whole)
         assert answer(responses) == bytes(drawn[3:])
+        assert "".join(response.skipped_text for response in responses) == bytes(drawn[:3]).decode()
         assert responses[-1].usage.completion_tokens == 8
         complete = await collect(client, plan(max_tokens=8, generated=drawn, resume_from=8))
         assert complete[-2].chunk.finish_reason == pb.FINISH_REASON_LENGTH

@@ -77,6 +77,7 @@ class Choice:
         self.finish: pb.FinishReason.ValueType = pb.FINISH_REASON_UNSPECIFIED
         self.failure: MeshError | None = None
         self._plan = plan
+        self._skipped = ""
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, continues=True)
         self._stops = StopStrings(plan.stops)
@@ -99,6 +100,11 @@ class Choice:
         chunk.token_offset = self.made - chunk.token_count
         return chunk if chunk.token_count or chunk.text or chunk.finish_reason else None
 
+    def take_skipped(self) -> str:
+        """Text of tokens that are not sent again, once: a guard must see it."""
+        skipped, self._skipped = self._skipped, ""
+        return skipped
+
     def _take_token(self, chunk: pb.Chunk, event: NewToken) -> None:
         if self.done:  # drawn before the engine heard of the stop string
             return
@@ -109,6 +115,8 @@ class Choice:
             text = self._stops.push(text)
         if self.made > self._plan.resume_from:
             self._put_token(chunk, event, text)
+        else:
+            self._skipped += text
         if self._stops.matched is not None:
             self._finish(chunk, pb.FINISH_REASON_STOP, self._stops.matched)
 
@@ -172,19 +180,22 @@ class Generation:
             )
             yield worker_pb2.RunGenerationResponse(accepted=accepted, usage=self.usage)
             if resumed is not None:
-                yield worker_pb2.RunGenerationResponse(chunk=resumed, usage=self.usage)
+                yield self._told(self.choices[0], resumed)
             while not self._complete:
                 await self._arrived.wait()
                 self._arrived.clear()
                 for choice in list(self._streams):
                     chunk = self._advance(choice)
                     if chunk is not None:
-                        yield worker_pb2.RunGenerationResponse(chunk=chunk, usage=self.usage)
+                        yield self._told(choice, chunk)
                     if choice.failure is not None:
                         raise choice.failure
                 if (self.choices[0].made or self.choices[0].done) and len(self.choices) < self.plan.choices:
                     self._open_others(sequences)
         yield worker_pb2.RunGenerationResponse(end=self._end(), usage=self.usage)
+
+    def _told(self, choice: Choice, chunk: pb.Chunk) -> worker_pb2.RunGenerationResponse:
+        return worker_pb2.RunGenerationResponse(chunk=chunk, usage=self.usage, skipped_text=choice.take_skipped())
 
     @property
     def _complete(self) -> bool:
