@@ -109,14 +109,6 @@ class TestPlan:
         made = self.planned(root, '[router]\nguard = ""\n')
         assert "guard" not in {process.name for process in made.processes}
 
-    def test_an_engine_sleeps_at_its_barriers_unless_the_person_says_otherwise(self, root: Path) -> None:
-        def policy(made: MeshPlan) -> str | None:
-            (worker,) = (process for process in made.processes if process.part == "worker")
-            return worker.environment.get("OMP_WAIT_POLICY")
-
-        assert policy(self.planned(root)) == "PASSIVE"
-        assert policy(self.planned(root, OMP_WAIT_POLICY="ACTIVE")) is None  # the launcher's own is inherited
-
     def test_admin_ports_do_not_collide(self, root: Path) -> None:
         made = self.planned(root, "[mesh]\nadmin_from = 9100\n")
         ports = [process.admin for process in made.processes if process.part != "valkey"]

@@ -170,16 +170,19 @@ async def test_a_folder_that_cannot_be_made_puts_the_next_engine_off_and_no_more
         await until(lambda: len(made) == 2 and client.able)
 
 
-async def test_the_engines_threads_sleep_where_they_wait_unless_the_operator_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("said", [{}, {"GOMP_SPINCOUNT": "1"}, {"OMP_WAIT_POLICY": "active"}])
+async def test_the_engines_threads_spin_shortly_unless_the_operator_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str]
 ) -> None:
-    for said, wanted in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-        if said:
-            monkeypatch.setenv("OMP_WAIT_POLICY", said)
-        async with running() as client:
-            environment = Path(f"/proc/{client.pid}/environ").read_bytes().split(b"\0")  # noqa: ASYNC240 - not a disk
-        assert f"OMP_WAIT_POLICY={wanted}".encode() in environment
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    async with running() as client:
+        lines = Path(f"/proc/{client.pid}/environ").read_text().split("\0")  # noqa: ASYNC240 - not a disk
+    seen = dict(line.split("=", 1) for line in lines if line.startswith(names))
+    assert seen == (said or {"GOMP_SPINCOUNT": "5000"})
 
 
 async def test_out_of_memory_ends_one_stream_and_not_the_engine() -> None:

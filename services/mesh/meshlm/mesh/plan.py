@@ -118,10 +118,6 @@ class Planner:
             extra[variable("worker", "model_path")] = str(model_path())
             if not self._settled("model", overrides):
                 extra[variable("worker", "model")] = SMOLLM2.name
-        if "OMP_WAIT_POLICY" not in self._environ:
-            # The engine's threads share this machine with all the others: where they spin at their barriers instead of
-            # sleeping, an answer on two busy cores takes many times longer.
-            extra["OMP_WAIT_POLICY"] = "PASSIVE"
         return self._service(entry.name, "worker", extra)
 
     def _engine(self, overrides: Mapping[str, str]) -> str | None:
