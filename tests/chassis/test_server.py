@@ -156,3 +156,19 @@ async def test_debugging_services_are_off_unless_they_are_asked_for(service: Pro
         with pytest.raises(grpc.RpcError) as caught:
             await service.channel.unary_unary(method)(b"")
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_client_that_keeps_an_idle_connection_alive_is_not_cut_off(service: Process) -> None:
+    """Servers answer pings that come too often with GOAWAY after the third. This one pings every 6 s, for 27 s."""
+    await service.start("plain")
+    options = [
+        ("grpc.keepalive_time_ms", 6_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    async with grpc.aio.insecure_channel(service.address, options=options) as channel:
+        await channel.channel_ready()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(channel.wait_for_state_change(grpc.ChannelConnectivity.READY), 27)
+        assert channel.get_state() == grpc.ChannelConnectivity.READY

@@ -156,7 +156,7 @@ def _make_server(config: ServerConfig, gate: Gate) -> grpc.aio.Server:
         ("grpc.max_concurrent_streams", config.max_concurrent_streams),
         ("grpc.max_metadata_size", 16 * 1024),
         # Clients ping every 30 s (channels.py); gRPC's default would call that abuse.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.so_reuseport", 0),
     ]
