@@ -79,6 +79,17 @@ class TestUsage:
         assert "has a mesh run here?" in capsys.readouterr().err
 
 
+class TestEndpoint:
+    @pytest.mark.parametrize("target", ["elsewhere:50051", "10.0.0.1:50051", "127.0.0.1.elsewhere:50051"])
+    def test_the_local_key_is_never_sent_to_another_machine(
+        self, tmp_path: Path, target: str, capsys: Captured
+    ) -> None:
+        (tmp_path / "state" / "meshlm").mkdir(parents=True)
+        (tmp_path / "state" / "meshlm" / "key").write_text("mlm_local")
+        assert run(["models", "--target", target]) == 1
+        assert "MESHLM_KEY" in capsys.readouterr().err
+
+
 class TestKey:
     def test_its_configuration_lets_the_key_in(self, tmp_path: Path, capsys: Captured) -> None:
         assert run(["key", "new", "--tenant", "acme"]) == 0

@@ -14,6 +14,7 @@ from meshlm.mesh.state import MeshNotRunningError, StateFolder
 
 TARGET_VARIABLE = "MESHLM_TARGET"
 KEY_VARIABLE = "MESHLM_KEY"
+_THIS_MACHINE = ("unix:", "127.0.0.1:", "localhost:", "[::1]:")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get(TARGET_VARIABLE, ""),
         metavar="ADDRESS",
         help=f"router, host:port or unix:PATH (default: ${TARGET_VARIABLE}, else the mesh on this machine); "
-        f"the key comes from ${KEY_VARIABLE}, else from the state folder",
+        f"the key comes from ${KEY_VARIABLE}, else, for a router on this machine, from the state folder",
     )
 
 
@@ -74,6 +75,10 @@ def find_endpoint(arguments: argparse.Namespace) -> Endpoint:
         return Endpoint(arguments.target, key)
     folder = read_settings(arguments).folder
     if arguments.target:
+        if not arguments.target.startswith(_THIS_MACHINE):
+            raise MeshNotRunningError(
+                f"put the key for {arguments.target} into ${KEY_VARIABLE}: the local one stays here"
+            )
         return Endpoint(
             arguments.target, folder.key_file.read_text("ascii").strip() if folder.key_file.exists() else ""
         )
