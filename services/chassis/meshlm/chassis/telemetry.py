@@ -118,7 +118,7 @@ class Telemetry:
         )
         if config.span_store:
             store = SpanStore(config.span_store, keep=config.span_store_traces)
-            self._tracers.add_span_processor(BatchSpanProcessor(store, schedule_delay_millis=250))
+            self._tracers.add_span_processor(BatchSpanProcessor(store, schedule_delay_millis=1000))
         if config.otlp_endpoint:
             exporter = OTLPSpanExporter(endpoint=config.otlp_endpoint)
             self._tracers.add_span_processor(BatchSpanProcessor(exporter))
