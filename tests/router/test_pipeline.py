@@ -464,6 +464,21 @@ async def test_an_unknown_model_is_told_and_an_alias_is_resolved(mesh: Any) -> N
     assert (await failure(mesh.stream(model="m"))).reason == Reason.KEY_NOT_ALLOWED
 
 
+@pytest.mark.parametrize(
+    ("right", "asked", "given"),
+    [
+        ("interactive", pb.PRIORITY_UNSPECIFIED, pb.PRIORITY_INTERACTIVE),
+        ("interactive", pb.PRIORITY_BATCH, pb.PRIORITY_BATCH),
+        ("batch", pb.PRIORITY_CRITICAL, pb.PRIORITY_BATCH),
+        ("critical", pb.PRIORITY_CRITICAL, pb.PRIORITY_CRITICAL),
+    ],
+)
+async def test_no_request_is_more_urgent_than_its_key_allows(mesh: Any, right: str, asked: int, given: int) -> None:
+    mesh.rekey((dataclasses.replace(mesh.config.keys[0], priority=right),))
+    await collect(mesh.stream(priority=asked))
+    assert [request.generation.priority for worker in mesh.workers for request in worker.requests] == [given]
+
+
 async def test_prefixes_are_salted_by_tenant_and_cache_key_and_never_by_the_caller(mesh: Any) -> None:
     await collect(mesh.stream("a"))
     await collect(mesh.stream("b", cache_key="x"))

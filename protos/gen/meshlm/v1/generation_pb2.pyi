@@ -379,7 +379,7 @@ class Generation(google.protobuf.message.Message):
     adapter: builtins.str
     """Adapter (LoRA) on top of the model. Empty: none."""
     priority: global___Priority.ValueType
-    """How soon it is wanted."""
+    """How soon it is wanted; at most as soon as the key allows."""
     session: builtins.str
     """Names a conversation: its requests may prefer the replica whose prefix cache knows it. At most 128 bytes."""
     cache_key: builtins.str

@@ -33,7 +33,7 @@ class KeyConfig:
     guard_policy: str = ""
     # What happens when the guard cannot answer.
     guard_failure: Literal["refuse", "allow"] = "refuse"
-    # Priority of requests that name none.
+    # Priority of requests that name none, and the most urgent that a request may name.
     priority: Literal["critical", "interactive", "standard", "batch"] = "interactive"
 
     def __post_init__(self) -> None:

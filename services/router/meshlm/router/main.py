@@ -12,7 +12,7 @@ import structlog
 
 from meshlm.chassis import server
 from meshlm.chassis.config import ServerConfig, Source, StateConfig, masked
-from meshlm.chassis.server import Life
+from meshlm.chassis.life import Life
 from meshlm.chassis.state import connect
 from meshlm.router.answers import Answers
 from meshlm.router.config import RouterConfig

@@ -68,8 +68,8 @@ class Work:
         _check_resume(request, generation)
         if not generation.sampling.HasField("max_tokens"):
             generation.sampling.max_tokens = max(config.default_max_tokens, generation.sampling.min_tokens)
-        if generation.priority == pb.PRIORITY_UNSPECIFIED:
-            generation.priority = _PRIORITIES[key.priority]
+        # The key's priority is the default and the most urgent that it may ask for; a larger number is less urgent.
+        generation.priority = max(generation.priority, _PRIORITIES[key.priority])
         now = time.perf_counter()
         limit = config.default_deadline_seconds if seconds is None else min(seconds, config.default_deadline_seconds)
         return cls(
