@@ -21,7 +21,7 @@ from meshlm.chassis.calls import CallInterceptor, Gate
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.config import StateConfig
 from meshlm.chassis.errors import Reason, from_rpc_error
-from meshlm.chassis.server import Life
+from meshlm.chassis.life import Life
 from meshlm.v1 import cache_pb2 as c
 from meshlm.v1 import cache_pb2_grpc
 from meshlm.v1 import generation_pb2 as g

@@ -11,7 +11,7 @@ import grpc
 
 from meshlm.chassis import server
 from meshlm.chassis.config import ServerConfig, Source
-from meshlm.chassis.server import Life
+from meshlm.chassis.life import Life
 from meshlm.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 
 

@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 
 from meshlm.chassis.admin import AdminPort
-from meshlm.chassis.server import Life
+from meshlm.chassis.life import Life
 
 
 async def test_it_listens_on_ipv6_too() -> None:

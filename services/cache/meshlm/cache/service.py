@@ -18,7 +18,7 @@ from meshlm.chassis import telemetry
 from meshlm.chassis.calls import seconds_left
 from meshlm.chassis.config import StateConfig
 from meshlm.chassis.errors import invalid
-from meshlm.chassis.server import Life
+from meshlm.chassis.life import Life
 from meshlm.chassis.telemetry import Name
 from meshlm.v1 import cache_pb2, cache_pb2_grpc
 

@@ -7,12 +7,11 @@ import socket
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import prometheus_client
 
-if TYPE_CHECKING:
-    from meshlm.chassis.server import Life
+from meshlm.chassis.life import Life
 
 
 class AdminPort:

@@ -11,7 +11,7 @@ from opentelemetry import trace
 
 from meshlm.chassis import telemetry
 from meshlm.chassis.errors import invalid
-from meshlm.chassis.server import Life
+from meshlm.chassis.life import Life
 from meshlm.chassis.telemetry import Name
 from meshlm.guard.config import GuardConfig
 from meshlm.guard.policy import Policies, Policy, act_name

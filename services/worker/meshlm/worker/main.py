@@ -11,7 +11,7 @@ import structlog
 
 from meshlm.chassis import server
 from meshlm.chassis.config import ServerConfig, Source, TelemetryConfig, masked
-from meshlm.chassis.server import Life
+from meshlm.chassis.life import Life
 from meshlm.v1 import worker_pb2_grpc
 from meshlm.worker.config import WorkerConfig
 from meshlm.worker.fake_tokenizer import fake_tokenizer

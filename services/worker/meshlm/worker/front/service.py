@@ -11,7 +11,7 @@ import structlog
 
 from meshlm.chassis.calls import seconds_left
 from meshlm.chassis.errors import MeshError, Reason
-from meshlm.chassis.server import Life
+from meshlm.chassis.life import Life
 from meshlm.chassis.validation import check_input
 from meshlm.v1 import worker_pb2, worker_pb2_grpc
 from meshlm.worker.config import WorkerConfig
