@@ -1,4 +1,4 @@
-"""Attention of one new token a sequence over its paged cache (decode).
+"""Attention of single output tokens over their sequences' paged cache (decode).
 
 Sequences are grouped by their context length rounded up, and each group is one batched product. The shape that a
 sequence is computed in follows from its own length alone, so its result does not depend on who else is in the step,
@@ -15,6 +15,7 @@ import torch
 from meshlm.kernels.kv_cache import gather_kv
 
 TILE = 64  # tokens; contexts are rounded up to this at least
+MOST_ROWS = 32  # of a group: each gathers a copy of its context
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +54,20 @@ def plan_decode(
     Rows of one rounded length should be neighbours: sort by `rounded_length` first.
     """
     groups: list[DecodeGroup] = []
-    order = groupby(range(len(lengths)), key=lambda row: rounded_length(lengths[row], block_size))
-    for rounded, rows in order:
-        members = list(rows)
-        blocks: list[int] = []
-        for row in members:
-            used = tables[row][: -(-lengths[row] // block_size)]
-            blocks += used
-            blocks += [0] * (rounded // block_size - len(used))
-        ends = torch.tensor([lengths[row] for row in members]).unsqueeze(1)
-        mask = torch.zeros(len(members), rounded, dtype=dtype).masked_fill_(torch.arange(rounded) >= ends, -torch.inf)
-        spread = mask.repeat(kv_heads, 1).unsqueeze(1).to(device)
-        groups.append(DecodeGroup(len(members), torch.tensor(blocks).to(device), spread))
+    for rounded, rows in groupby(range(len(lengths)), key=lambda row: rounded_length(lengths[row], block_size)):
+        alike = list(rows)
+        for first in range(0, len(alike), MOST_ROWS):
+            members = alike[first : first + MOST_ROWS]
+            blocks: list[int] = []
+            for row in members:
+                used = tables[row][: -(-lengths[row] // block_size)]
+                blocks += used
+                blocks += [0] * (rounded // block_size - len(used))
+            ends = torch.tensor([lengths[row] for row in members]).unsqueeze(1)
+            hidden = torch.arange(rounded) >= ends
+            mask = torch.zeros(len(members), rounded, dtype=dtype).masked_fill_(hidden, -torch.inf)
+            spread = mask.repeat(kv_heads, 1).unsqueeze(1).to(device)
+            groups.append(DecodeGroup(len(members), torch.tensor(blocks).to(device), spread))
     return tuple(groups)
 
 

@@ -6,11 +6,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from meshlm.worker.engine.engine import Engine
 from meshlm.worker.engine.load import RunnerSettings, SettingsError, load_runner
 from meshlm.worker.engine.runner import TorchRunner
+from meshlm.worker.engine.scheduler import SchedulerSettings
 from meshlm.worker.engine.sequence import Chunk, Sequence, StepOutOfMemory
 from meshlm.worker.loading.checkpoint import open_checkpoint
 from meshlm.worker.messages import Limits, Sampling, Submit
@@ -200,3 +203,39 @@ def test_the_budget_decides_the_blocks_and_progress_is_told(smollm2_path: Path) 
     assert facts.parameters == 134_515_008
     assert told[29] == ("load", 30, 30)
     assert told[-1] == ("warm_up", 3, 3)
+
+
+class FewBlocks:
+    """The runner, owning up to only some of its blocks."""
+
+    def __init__(self, runner: TorchRunner, blocks: int) -> None:
+        self.facts = msgspec.structs.replace(runner.facts, total_blocks=blocks)
+        self.run = runner.run
+        self.forget = runner.forget
+
+
+def served(runner: TorchRunner, requests: list[Submit], blocks: int) -> tuple[dict[str, list[int]], int]:
+    """The tokens of each request by the whole engine, and how often one was preempted."""
+    engine = Engine(FewBlocks(runner, blocks), SchedulerSettings())
+    for request in requests:
+        engine.submit(request)
+    tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+    while engine.busy:
+        for drawn in engine.step().tokens:
+            tokens[drawn.id].append(drawn.token)
+    assert engine.blocks_in_use == 0
+    return tokens, engine.scheduler.totals.preemptions
+
+
+@pytest.mark.parametrize("runner", ["int8"], indirect=True)
+def test_a_preempted_request_gives_the_tokens_it_gives_alone(runner: TorchRunner, prompts: list[list[int]]) -> None:
+    sampling = {"temperature": 0.9, "frequency_penalty": 0.5}
+    requests = [
+        Submit(id=str(i), prompt=prompt, sampling=Sampling(seed=i, **sampling), limits=Limits(max_tokens=48), arrival=i)
+        for i, prompt in enumerate(prompts)
+    ]
+    together, preemptions = served(runner, requests, blocks=18)  # each needs 5 to 6 at its end
+    assert preemptions > 0
+    for request in requests:
+        alone, _ = served(runner, [request], blocks=18)
+        assert alone[request.id] == together[request.id]

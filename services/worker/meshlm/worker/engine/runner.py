@@ -41,62 +41,66 @@ class TorchRunner:
     def run(self, chunks: list[Chunk]) -> list[Sampled | None]:
         """See `Runner.run`. A step that fails leaves nothing the scheduler could see: what it wrote are slots beyond
         each sequence's `computed`, which the next try overwrites."""
-        order = sorted(range(len(chunks)), key=lambda index: _place(chunks[index]))
-        sampled = [index for index in order if chunks[index].sample]
+        drawing = [chunk.sequence for chunk in chunks if chunk.sample]
         try:
-            logits = self.logits([chunks[index] for index in order])
-            tokens = self._sampler.sample(logits, [chunks[index].sequence for index in sampled]) if sampled else []
+            logits = self.logits(chunks)
+            tokens = iter(self._sampler.sample(logits, drawing) if drawing else ())
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise StepOutOfMemory(str(error)) from error
         except RuntimeError as error:
             if "can't allocate memory" in str(error) or "not enough memory" in str(error):  # torch's CPU allocator
                 raise StepOutOfMemory(str(error)) from error
             raise
-        results: list[Sampled | None] = [None] * len(chunks)
-        for index, token in zip(sampled, tokens, strict=True):
-            results[index] = token
-        return results
+        return [next(tokens) if chunk.sample else None for chunk in chunks]
 
     @torch.inference_mode()
     def logits(self, chunks: list[Chunk]) -> torch.Tensor:
-        """Store keys and values of the chunks; logits of those that sample, in order: (samples, vocab) float32.
-
-        chunks: in the order of `_place`.
-        """
+        """Store keys and values of the chunks; logits of those that sample, in order: (samples, vocab) float32."""
         return self._model.forward(self._batch(chunks), self._cache)
 
     def forget(self, sequence: Sequence) -> None:
         self._sampler.forget(sequence)
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
-        size = self._facts.block_size
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        rows: list[int] = []
+        """Prompt positions go the prefill way, output positions the decode way, however many of them there are.
+
+        Which kernel computes a position must not depend on how the scheduler cut the prompt, nor on whether a
+        preempted sequence is computed anew: int8 rounding makes the last bit of a sum into another token.
+        """
+        single = sorted(
+            ((p, chunk.sequence) for chunk in chunks for p in range(*_output_positions(chunk))), key=lambda row: row[0]
+        )
+        row_of = {(sequence.id, position): row for row, (position, sequence) in enumerate(single)}
+        tokens = [sequence.tokens[position] for position, sequence in single]
+        positions = [position for position, _ in single]
+        slots = [self._slot(sequence, position) for position, sequence in single]
         spans: list[PrefillSpan] = []
         for chunk in chunks:
-            sequence, end = chunk.sequence, chunk.start + chunk.count
-            if not _decodes(chunk):
-                blocks = self._tensor(padded_blocks(sequence.blocks, end, size))
-                spans.append(PrefillSpan(len(tokens), chunk.count, chunk.start, blocks))
-            tokens += sequence.tokens[chunk.start : end]
-            positions += range(chunk.start, end)
-            slots += [sequence.blocks[p // size] * size + p % size for p in range(chunk.start, end)]
-            if chunk.sample:
-                rows.append(len(tokens) - 1)
+            sequence, end = chunk.sequence, _output_positions(chunk)[0]
+            if chunk.start < end:
+                blocks = self._tensor(padded_blocks(sequence.blocks, end, self._facts.block_size))
+                spans.append(PrefillSpan(len(tokens), end - chunk.start, chunk.start, blocks))
+                tokens += sequence.tokens[chunk.start : end]
+                positions += range(chunk.start, end)
+                slots += [self._slot(sequence, position) for position in range(chunk.start, end)]
+                row_of[sequence.id, end - 1] = len(tokens) - 1
+        rows = [row_of[chunk.sequence.id, chunk.start + chunk.count - 1] for chunk in chunks if chunk.sample]
         return Batch(
             tokens=self._tensor(tokens),
             positions=self._tensor(positions),
             slots=self._tensor(slots),
             rows=self._tensor(rows),
-            decode=self._decode_groups(chunks[: len(chunks) - len(spans)]),
+            decode=self._decode_groups(single),
             prefill=tuple(spans),
         )
 
-    def _decode_groups(self, chunks: list[Chunk]) -> tuple[DecodeGroup, ...]:
-        tables = [chunk.sequence.blocks for chunk in chunks]
-        lengths = [chunk.start + 1 for chunk in chunks]
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        size = self._facts.block_size
+        return sequence.blocks[position // size] * size + position % size
+
+    def _decode_groups(self, rows: list[tuple[int, Sequence]]) -> tuple[DecodeGroup, ...]:
+        tables = [sequence.blocks for _, sequence in rows]
+        lengths = [position + 1 for position, _ in rows]
         kv_heads = self._model.config.kv_heads
         return plan_decode(tables, lengths, self._facts.block_size, kv_heads, self._dtype, self._device)
 
@@ -104,12 +108,7 @@ class TorchRunner:
         return torch.tensor(values, dtype=torch.int64).to(self._device)
 
 
-def _decodes(chunk: Chunk) -> bool:
-    """A single output token goes the decode way. A single prompt token does not: which kernel computes a position must
-    not depend on how the scheduler cut the prompt."""
-    return chunk.count == 1 and chunk.start >= chunk.sequence.prompt_length
-
-
-def _place(chunk: Chunk) -> tuple[bool, int]:
-    """The order within a batch: decoding sequences first, the shortest context first."""
-    return (False, chunk.start) if _decodes(chunk) else (True, 0)
+def _output_positions(chunk: Chunk) -> tuple[int, int]:
+    """The part of a chunk that is output: from where to where. Empty for a chunk of a prompt."""
+    end = chunk.start + chunk.count
+    return min(max(chunk.start, chunk.sequence.prompt_length), end), end

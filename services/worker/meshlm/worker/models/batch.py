@@ -21,7 +21,7 @@ class PrefillSpan:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A flat batch: first one row for each decoding sequence (shortest first), then the prefill chunks.
+    """A flat batch: first one row for each output position (shortest context first), then the prefill chunks.
 
     tokens, positions, slots: (tokens,) int64; rows: (samples,) int64, the rows whose logits are wanted.
     """
