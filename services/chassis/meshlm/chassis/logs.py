@@ -40,12 +40,16 @@ def configure(service: str, config: TelemetryConfig) -> None:
 
 
 class _Libraries(logging.Handler):
-    """Records of libraries, without their arguments: those may quote what a library was given."""
+    """Records of libraries: their first line, without arguments. What follows may quote what a library was given, as
+    asyncio's does of an exception that nobody fetched.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
         log = structlog.get_logger().bind(library=record.name)
-        log.log(record.levelno, str(record.msg), **({"exc_info": error} if error is not None else {}))
+        log.log(
+            record.levelno, str(record.msg).partition("\n")[0], **({"exc_info": error} if error is not None else {})
+        )
 
 
 def _add_trace(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
