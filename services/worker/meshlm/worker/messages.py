@@ -7,6 +7,7 @@ No torch here: the front imports this file.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 
@@ -35,8 +36,22 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     deadline: float | None = None  # seconds, `time.monotonic` of this machine
 
 
+class KvBudget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A sequence that keeps at most `tokens` in the KV cache, however long it grows.
+
+    window: the first `sinks` tokens and the latest ones stay, positions re-based (StreamingLLM, arXiv:2309.17453).
+    importance: tokens that were attended to most stay, for each head its own (SnapKV, arXiv:2404.14469, while the prompt
+    is computed; H2O, arXiv:2306.14048, afterwards), and the latest ones.
+    Whole blocks go, so a step may hold `tokens` and one chunk more. Such sequences neither use nor feed the prefix cache.
+    """
+
+    policy: Literal["window", "importance"]
+    tokens: int
+    sinks: int = 16
+
+
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """A new sequence."""
+    """A new sequence to generate."""
 
     id: str  # unique among live sequences
     prompt: list[int]
@@ -46,7 +61,12 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     priority: int = 0  # smaller goes first, as in vLLM
     admitted: bool = False  # its request was let in with an earlier sequence: a full queue does not refuse it
     cache_salt: bytes = b""  # prefix-cache blocks are shared only among equal salts
+    tenant: str = ""  # who it is for: tenants get equal shares
+    kv: KvBudget | None = None  # None: all its tokens stay
     arrival: float = 0.0  # seconds, `time.monotonic`
+    # Nothing is generated where one of these is set: the answer is one Scored or Embedded, and then Finished (DONE).
+    score_from: int | None = None  # log-probabilities of prompt[score_from:], each given all before; at least 1
+    pool: Literal["mean", "last"] | None = None  # the final hidden states, pooled over the prompt
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -70,6 +90,7 @@ class Finish(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     OVERLOADED = "overloaded"  # the waiting queue is full
     TOO_LONG = "too_long"  # could never fit into the KV cache or the model's context
+    DONE = "done"  # a text was scored or embedded
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -82,6 +103,19 @@ class NewToken(msgspec.Struct, frozen=True, array_like=True):
     token: int
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
+
+
+class Scored(msgspec.Struct, frozen=True, array_like=True):
+    """Of each scored token: its log-probability, and the entropy of the distribution it was drawn from; nats."""
+
+    id: str
+    logprobs: list[float]
+    entropies: list[float]
+
+
+class Embedded(msgspec.Struct, frozen=True, array_like=True):
+    id: str
+    vector: list[float]  # (width,), not normalized
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -130,6 +164,8 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defau
     step_seconds: float = 0.0
     started: tuple[Started, ...] = ()
     tokens: tuple[NewToken, ...] = ()
+    scored: tuple[Scored, ...] = ()
+    embedded: tuple[Embedded, ...] = ()
     finished: tuple[Finished, ...] = ()
 
 
@@ -151,6 +187,12 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int
     quantization: str
     parameters: int
+    # Which chunks a prompt is cut into changes no bit of the result, so chunks may follow the load.
+    chunk_invariant: bool = False
+    kv_budgets: bool = False  # whether sequences with a KvBudget can be run
+    kv_dtype: str = "float32"
+    hidden_size: int = 0
+    engine: str = "torch"  # what computes: torch, native (avx512), ...
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):

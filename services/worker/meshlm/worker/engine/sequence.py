@@ -17,12 +17,18 @@ class Status(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request inside the engine. Tokens `[0, computed)` have their keys and values in `blocks`."""
+    """A request inside the engine. Tokens `[0, computed)` have their keys and values in `blocks`, less what a KV budget
+    took away: cache index i lies in blocks[i // block_size], the next position to compute at index computed - evicted.
+
+    With the policy `window`, the first `sinks` indices are positions [0, sinks) and the others the latest positions. With
+    `importance`, what lies at the indices below is up to the runner, and differs between heads.
+    """
 
     request: Submit
     tokens: list[int]  # prompt, then output
-    blocks: list[int] = field(default_factory=list)  # block table: position p lives in blocks[p // block_size]
+    blocks: list[int] = field(default_factory=list)  # block table: cache index i lies in blocks[i // block_size]
     computed: int = 0
+    evicted: int = 0  # computed tokens no longer in the cache: position p lies at cache index p - evicted, if it still does
     hashes: list[bytes] = field(default_factory=list)  # prefix hash of each full block, see `blocks.py`
     cached: int = 0  # prompt tokens found in the prefix cache at the first admission
     status: Status = Status.WAITING
@@ -67,6 +73,24 @@ class Sampled:
     top: tuple[TokenLogprob, ...] = ()
 
 
+@dataclass(slots=True, frozen=True)
+class ChunkScores:
+    """Of the chunk's tokens at `score_from` and behind, one after the other; nats."""
+
+    logprobs: list[float]
+    entropies: list[float]
+
+
+@dataclass(slots=True, frozen=True)
+class ChunkPool:
+    """The sum of the chunk's final hidden states for `mean`, the chunk's last one for `last`: (width,)."""
+
+    vector: list[float]
+
+
+Outcome = Sampled | ChunkScores | ChunkPool | None
+
+
 class StepOutOfMemory(Exception):  # noqa: N818 - named as the condition, like StopIteration
     """The device had no memory for a step; nothing of the step took effect."""
 
@@ -77,11 +101,20 @@ class Runner(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
-    def run(self, chunks: list[Chunk]) -> list[Sampled | None]:
+    def run(self, chunks: list[Chunk]) -> list[Outcome]:
         """Store keys and values of every chunk, and draw a token for each chunk whose `sample` is true.
 
-        Returns one entry a chunk, in order; None where `sample` is false.
+        Returns one entry a chunk, in order; None where there is nothing to tell. A request with `score_from` or `pool`
+        gets ChunkScores or ChunkPool for every chunk, and its chunks never sample. The token at position p is scored with
+        the chunk that computes position p - 1.
         Raises StepOutOfMemory.
+        """
+        ...
+
+    def compact(self, sequence: Sequence, keep: int) -> None:
+        """For the policy `importance`: moves the `keep` cached tokens that matter most, the latest 32 among them, to the
+        cache indices [0, keep). Called between steps, with all of `sequence.blocks` still in place; the caller then takes
+        the blocks behind away and raises `evicted`. Only where `facts.kv_budgets`.
         """
         ...
 
