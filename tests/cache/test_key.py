@@ -44,6 +44,10 @@ def sampling(**fields: object) -> Change:
     return change
 
 
+def kv(mode: g.KvPolicy.Mode.ValueType, **fields: int) -> Change:
+    return lambda made: made.kv_policy.CopyFrom(g.KvPolicy(mode=mode, **fields))
+
+
 def message(**fields: str) -> Change:
     return lambda made: made.input.chat.messages[0].MergeFrom(g.Message(**fields))
 
@@ -96,6 +100,10 @@ RELEVANT: dict[str, Change] = {
     "bias": lambda made: made.sampling.logit_bias.update({1: 2.5}),
     "bias of another token": lambda made: made.sampling.logit_bias.update({2: 2.0}),
     "stop": lambda made: made.sampling.stop.append("."),
+    "a window": kv(g.KvPolicy.MODE_WINDOW, tokens=64),
+    "a larger window": kv(g.KvPolicy.MODE_WINDOW, tokens=128),
+    "a window without sinks": kv(g.KvPolicy.MODE_WINDOW, tokens=64, sinks=0),
+    "importance": kv(g.KvPolicy.MODE_IMPORTANCE, tokens=64),
     "stop token": lambda made: made.sampling.stop_token_ids.append(9),
 }
 IRRELEVANT: dict[str, Change] = {
@@ -104,6 +112,7 @@ IRRELEVANT: dict[str, Change] = {
     "labels": lambda made: made.labels.update({"team": "x"}),
     "cache policy": lambda made: setattr(made, "cache_policy", g.CACHE_POLICY_ALWAYS),
     "explicit defaults": lambda made: explicit(made.sampling, DEFAULTS),
+    "an explicitly full KV cache": kv(g.KvPolicy.MODE_FULL),
     "explicit generation prompt": lambda made: explicit(made.input.chat, {"add_generation_prompt": True}),
     "a bias of nothing": lambda made: made.sampling.logit_bias.update({9: 0.0}),
     "the order of stop tokens": lambda made: made.sampling.stop_token_ids.sort(),
@@ -122,10 +131,11 @@ def test_what_cannot_change_the_answer_does_not_change_the_key(name: str) -> Non
 
 
 # Each of these touches something of its own: a set of them is undone by none of the others.
-INDEPENDENT = st.frozensets(st.sampled_from(sorted(RELEVANT.keys() - {"prompt", "token ids", "name", "empty name"})))
+ONE_OF = {"prompt", "token ids", "name", "empty name", "a larger window", "a window without sinks", "importance"}
+INDEPENDENT = st.frozensets(st.sampled_from(sorted(RELEVANT.keys() - ONE_OF)))
 
 
-@given(INDEPENDENT, INDEPENDENT, st.lists(st.sampled_from(sorted(IRRELEVANT))))
+@given(INDEPENDENT, INDEPENDENT, st.lists(st.sampled_from(sorted(IRRELEVANT.keys() - {"an explicitly full KV cache"}))))
 @settings(max_examples=200, deadline=None)
 def test_keys_are_equal_exactly_if_the_relevant_fields_are(
     first: frozenset[str], second: frozenset[str], irrelevant: list[str]
@@ -144,14 +154,20 @@ def test_every_field_of_a_generation_has_been_thought_of() -> None:
     # A field that is added to the contract must be put into the key, or into the list of those that do not matter.
     assert {field.name for field in g.Generation.DESCRIPTOR.fields} == {
         "model", "adapter", "input", "sampling", "cache_key", "return_token_ids",
-        "priority", "session", "cache_policy", "labels",
+        "kv_policy", "priority", "session", "cache_policy", "labels",
     }  # fmt: skip
     assert {field.name for field in g.Sampling.DESCRIPTOR.fields} == {
         "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
         "logit_bias", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs", "n",
     }  # fmt: skip
+    assert {field.name for field in g.KvPolicy.DESCRIPTOR.fields} == {"mode", "tokens", "sinks"}
     assert {field.name for field in g.Message.DESCRIPTOR.fields} == {"role", "content", "name"}
     assert {field.name for field in g.Chat.DESCRIPTOR.fields} == {"messages", "add_generation_prompt"}
+
+
+def test_a_windows_default_sinks_are_the_same_as_said_ones() -> None:
+    unsaid = changed(kv(g.KvPolicy.MODE_WINDOW, tokens=64))
+    assert key(unsaid) == key(changed(kv(g.KvPolicy.MODE_WINDOW, tokens=64, sinks=16)))
 
 
 def test_tenants_revisions_and_policies_do_not_share_answers() -> None:

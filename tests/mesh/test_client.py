@@ -178,6 +178,12 @@ class TestGeneration:
             field.name for field in generation_pb2.Sampling.DESCRIPTOR.fields
         }
 
+    def test_what_the_worker_is_to_remember_reaches_its_field(self) -> None:
+        said = generation(prompt="x", kv="window", kv_tokens=512, kv_sinks=0).kv_policy
+        assert said == generation_pb2.KvPolicy(mode=generation_pb2.KvPolicy.MODE_WINDOW, tokens=512, sinks=0)
+        assert said.HasField("sinks")
+        assert not generation(prompt="x").HasField("kv_policy")
+
     def test_what_was_not_said_stays_unset(self) -> None:
         made = generation(messages=[("user", "hi"), {"role": "user", "content": "ho", "name": "n"}])
         assert made.sampling.ListFields() == []
@@ -192,6 +198,8 @@ class TestGeneration:
             (Asked(messages=[{"role": "user", "text": "typo"}]), r"messages\[0\]"),
             (Asked(prompt="a", cache="never"), "cache"),  # type: ignore[typeddict-item]
             (Asked(prompt="a", top_k=-1), "top_k"),
+            (Asked(prompt="a", kv="none"), "kv"),  # type: ignore[typeddict-item]
+            (Asked(prompt="a", kv="window", kv_tokens=-1), "kv_tokens"),
         ],
     )
     def test_what_no_message_can_say_is_refused_with_its_field(self, asked: Asked, field: str) -> None:

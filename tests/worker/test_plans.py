@@ -12,16 +12,25 @@ from meshlm.worker.fake import END, FakeRunner, FakeSettings
 from meshlm.worker.fake_tokenizer import fake_tokenizer
 from meshlm.worker.front.plans import Plan, make_plan
 from meshlm.worker.front.prompts import Prompts
-from meshlm.worker.messages import Sampling
+from meshlm.worker.messages import KvBudget, ModelFacts, Sampling
 
 FACTS = FakeRunner(FakeSettings(max_context=64, total_blocks=4)).facts
 PROMPTS = Prompts(fake_tokenizer())
 
 
+BUDGETED = msgspec.structs.replace(FACTS, kv_budgets=True, max_context=256, total_blocks=8)
+WINDOW = pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=64)
+
+
 async def plan_of(prompt: str = "hello", seconds: float | None = None, **sampling: Any) -> Plan:
     generation = pb.Generation(input=pb.Input(prompt=prompt), sampling=pb.Sampling(**sampling))
-    request = worker_pb2.RunGenerationRequest(generation=generation, cache_salt=b"salt")
+    request = worker_pb2.RunGenerationRequest(generation=generation, cache_salt=b"salt", tenant="acme")
     return await make_plan(request, PROMPTS, FACTS, "fake", seconds)
+
+
+async def kept(policy: pb.KvPolicy, prompt: str = "hello", facts: ModelFacts = BUDGETED) -> Plan:
+    generation = pb.Generation(input=pb.Input(prompt=prompt), kv_policy=policy)
+    return await make_plan(worker_pb2.RunGenerationRequest(generation=generation), PROMPTS, facts, "fake", None)
 
 
 async def test_unset_fields_take_the_neutral_values_of_the_contract() -> None:
@@ -56,7 +65,7 @@ async def test_choices_differ_in_seed_alone_and_the_largest_seed_wraps() -> None
     plan = await plan_of(seed=2**64 - 1, n=2)
     first, second = plan.submit("a", 0), plan.submit("b", 1)
     assert (first.sampling.seed, second.sampling.seed) == (2**64 - 1, 0)
-    assert (first.prompt, first.cache_salt) == (second.prompt, b"salt")
+    assert (first.prompt, first.cache_salt, first.tenant) == (second.prompt, b"salt", "acme")
 
 
 async def test_ignoring_the_end_keeps_only_the_callers_stop_tokens() -> None:
@@ -68,6 +77,56 @@ async def test_an_input_that_fills_the_context_is_refused_and_one_token_less_is_
         await plan_of("x" * 64)
     assert caught.value.reason is Reason.CONTEXT_TOO_LONG
     assert (await plan_of("x" * 63, max_tokens=9)).limits.max_tokens == 1
+
+
+async def test_a_kv_policy_reaches_the_engine_with_its_defaults() -> None:
+    assert (await kept(WINDOW)).submit("a", 0).kv == KvBudget(policy="window", tokens=64, sinks=16)
+    bare = pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=64, sinks=0)
+    assert (await kept(bare)).submit("a", 0).kv == KvBudget(policy="window", tokens=64, sinks=0)
+    important = pb.KvPolicy(mode=pb.KvPolicy.MODE_IMPORTANCE, tokens=99)
+    assert (await kept(important)).submit("a", 0).kv == KvBudget(policy="importance", tokens=99)
+    assert (await kept(pb.KvPolicy(mode=pb.KvPolicy.MODE_FULL))).submit("a", 0).kv is None
+
+
+async def test_with_a_kv_budget_the_model_and_not_the_memory_limits_the_length() -> None:
+    assert (await kept(WINDOW, "x" * 200)).limits.max_tokens == 56  # 256 less 200; the 8 blocks hold 128 tokens
+    with pytest.raises(MeshError) as caught:
+        await kept(pb.KvPolicy(), "x" * 200)
+    assert caught.value.reason is Reason.CONTEXT_TOO_LONG
+    with pytest.raises(MeshError) as caught:
+        await kept(pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=128), "x" * 200)  # it is no less than all there is
+    assert caught.value.metadata["max_context"] == "128"
+
+
+@pytest.mark.parametrize(
+    ("policy", "field"),
+    [
+        (pb.KvPolicy(mode=9), "mode"),  # type: ignore[arg-type]
+        (pb.KvPolicy(tokens=64), "tokens"),
+        (pb.KvPolicy(mode=pb.KvPolicy.MODE_FULL, tokens=64), "tokens"),
+        (pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW), "tokens"),
+        (pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=63), "tokens"),
+        (pb.KvPolicy(mode=pb.KvPolicy.MODE_IMPORTANCE, tokens=(1 << 20) + 1), "tokens"),
+        (pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=64, sinks=33), "sinks"),
+        (pb.KvPolicy(mode=pb.KvPolicy.MODE_IMPORTANCE, tokens=64, sinks=1), "sinks"),
+        (pb.KvPolicy(sinks=0), "sinks"),
+    ],
+)
+async def test_a_kv_policy_that_says_nothing_sensible_is_refused_with_its_field(
+    policy: pb.KvPolicy, field: str
+) -> None:
+    with pytest.raises(MeshError) as caught:
+        await kept(policy)
+    assert (caught.value.reason, caught.value.metadata["field"]) == (
+        Reason.REQUEST_INVALID,
+        f"generation.kv_policy.{field}",
+    )
+
+
+async def test_an_engine_that_keeps_all_tokens_refuses_a_budget() -> None:
+    with pytest.raises(MeshError) as caught:
+        await kept(WINDOW, facts=msgspec.structs.replace(BUDGETED, kv_budgets=False))
+    assert caught.value.metadata["field"] == "generation.kv_policy.mode"
 
 
 async def test_control_tokens_count_only_in_prompts_of_those_who_may_write_them() -> None:

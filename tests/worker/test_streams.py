@@ -37,6 +37,8 @@ def plan(prompt: bytes = b"hello", **fields: object) -> Plan:
         "choices": 1,
         "priority": 0,
         "cache_salt": b"",
+        "tenant": "",
+        "kv": None,
         "resume_from": 0,
         "return_token_ids": True,
     } | fields

@@ -343,6 +343,63 @@ class Sampling(google.protobuf.message.Message):
 global___Sampling = Sampling
 
 @typing.final
+class KvPolicy(google.protobuf.message.Message):
+    """How much of a sequence stays in the worker's KV cache. A budget makes long inputs and answers possible in little
+    memory, and costs what the dropped tokens would have told.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Mode:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _ModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[KvPolicy._Mode.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        MODE_UNSPECIFIED: KvPolicy._Mode.ValueType  # 0
+        """As MODE_FULL."""
+        MODE_FULL: KvPolicy._Mode.ValueType  # 1
+        """All of them."""
+        MODE_WINDOW: KvPolicy._Mode.ValueType  # 2
+        """The first ones and the latest ones (StreamingLLM)."""
+        MODE_IMPORTANCE: KvPolicy._Mode.ValueType  # 3
+        """Those that were attended to most, and the latest ones (SnapKV, then H2O)."""
+
+    class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
+        """Which tokens stay."""
+
+    MODE_UNSPECIFIED: KvPolicy.Mode.ValueType  # 0
+    """As MODE_FULL."""
+    MODE_FULL: KvPolicy.Mode.ValueType  # 1
+    """All of them."""
+    MODE_WINDOW: KvPolicy.Mode.ValueType  # 2
+    """The first ones and the latest ones (StreamingLLM)."""
+    MODE_IMPORTANCE: KvPolicy.Mode.ValueType  # 3
+    """Those that were attended to most, and the latest ones (SnapKV, then H2O)."""
+
+    MODE_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    SINKS_FIELD_NUMBER: builtins.int
+    mode: global___KvPolicy.Mode.ValueType
+    """Which tokens stay."""
+    tokens: builtins.int
+    """Most tokens that stay, for MODE_WINDOW and MODE_IMPORTANCE, where it is required. Range [64, 1048576]."""
+    sinks: builtins.int
+    """How many first tokens always stay, for MODE_WINDOW. Range [0, tokens / 2]. Default 16."""
+    def __init__(
+        self,
+        *,
+        mode: global___KvPolicy.Mode.ValueType = ...,
+        tokens: builtins.int = ...,
+        sinks: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_sinks", b"_sinks", "sinks", b"sinks"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_sinks", b"_sinks", "mode", b"mode", "sinks", b"sinks", "tokens", b"tokens"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_sinks", b"_sinks"]) -> typing.Literal["sinks"] | None: ...
+
+global___KvPolicy = KvPolicy
+
+@typing.final
 class Generation(google.protobuf.message.Message):
     """One generation: the part of a request that decides what is generated."""
 
@@ -374,6 +431,7 @@ class Generation(google.protobuf.message.Message):
     CACHE_POLICY_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     RETURN_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    KV_POLICY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name or alias of the model. Empty: the mesh's default model."""
     adapter: builtins.str
@@ -400,6 +458,10 @@ class Generation(google.protobuf.message.Message):
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """For cost reports: at most 16, keys 1 to 63 bytes, values up to 255."""
 
+    @property
+    def kv_policy(self) -> global___KvPolicy:
+        """How much of the sequence the worker remembers. Unset: all of it."""
+
     def __init__(
         self,
         *,
@@ -413,9 +475,10 @@ class Generation(google.protobuf.message.Message):
         cache_policy: global___CachePolicy.ValueType = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         return_token_ids: builtins.bool = ...,
+        kv_policy: global___KvPolicy | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["input", b"input", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "cache_key", b"cache_key", "cache_policy", b"cache_policy", "input", b"input", "labels", b"labels", "model", b"model", "priority", b"priority", "return_token_ids", b"return_token_ids", "sampling", b"sampling", "session", b"session"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["input", b"input", "kv_policy", b"kv_policy", "sampling", b"sampling"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "cache_key", b"cache_key", "cache_policy", b"cache_policy", "input", b"input", "kv_policy", b"kv_policy", "labels", b"labels", "model", b"model", "priority", b"priority", "return_token_ids", b"return_token_ids", "sampling", b"sampling", "session", b"session"]) -> None: ...
 
 global___Generation = Generation
 

@@ -7,11 +7,42 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import meshlm.v1.generation_pb2
+import sys
 import typing
 
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
+
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _Pooling:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PoolingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
+    """As POOLING_MEAN."""
+    POOLING_MEAN: _Pooling.ValueType  # 1
+    """The mean over all tokens."""
+    POOLING_LAST: _Pooling.ValueType  # 2
+    """The last token's, which has seen all others."""
+
+class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
+    """How a text's hidden states become one vector."""
+
+POOLING_UNSPECIFIED: Pooling.ValueType  # 0
+"""As POOLING_MEAN."""
+POOLING_MEAN: Pooling.ValueType  # 1
+"""The mean over all tokens."""
+POOLING_LAST: Pooling.ValueType  # 2
+"""The last token's, which has seen all others."""
+global___Pooling = Pooling
 
 @typing.final
 class RunGenerationRequest(google.protobuf.message.Message):
@@ -25,6 +56,7 @@ class RunGenerationRequest(google.protobuf.message.Message):
     RESUME_FROM_FIELD_NUMBER: builtins.int
     GENERATED_FIELD_NUMBER: builtins.int
     ALLOW_CONTROL_TOKENS_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id of the request, for logs and spans."""
     cache_salt: builtins.bytes
@@ -33,6 +65,8 @@ class RunGenerationRequest(google.protobuf.message.Message):
     """Tokens of choice 0 that are not to be sent again; they are made again, or taken from `generated`."""
     allow_control_tokens: builtins.bool
     """Whether control tokens in a plain prompt are honoured."""
+    tenant: builtins.str
+    """Who the request is for: tenants get equal shares of the engine. At most 128 bytes; the router sets it."""
     @property
     def generation(self) -> meshlm.v1.generation_pb2.Generation:
         """What to generate."""
@@ -50,9 +84,10 @@ class RunGenerationRequest(google.protobuf.message.Message):
         resume_from: builtins.int = ...,
         generated: collections.abc.Iterable[builtins.int] | None = ...,
         allow_control_tokens: builtins.bool = ...,
+        tenant: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["generation", b"generation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["allow_control_tokens", b"allow_control_tokens", "cache_salt", b"cache_salt", "generated", b"generated", "generation", b"generation", "request_id", b"request_id", "resume_from", b"resume_from"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow_control_tokens", b"allow_control_tokens", "cache_salt", b"cache_salt", "generated", b"generated", "generation", b"generation", "request_id", b"request_id", "resume_from", b"resume_from", "tenant", b"tenant"]) -> None: ...
 
 global___RunGenerationRequest = RunGenerationRequest
 
@@ -154,6 +189,286 @@ class RunGenerationResponse(google.protobuf.message.Message):
 global___RunGenerationResponse = RunGenerationResponse
 
 @typing.final
+class Continuation(google.protobuf.message.Message):
+    """A text that may follow an input. It is encoded by itself: no token reaches across the seam."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """Plain text; control tokens in it are never honoured. Not empty."""
+    @property
+    def token_ids(self) -> meshlm.v1.generation_pb2.TokenIds:
+        """Token ids, used as they are. At least one."""
+
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+        token_ids: meshlm.v1.generation_pb2.TokenIds | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["continuation", b"continuation", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["continuation", b"continuation", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["continuation", b"continuation"]) -> typing.Literal["text", "token_ids"] | None: ...
+
+global___Continuation = Continuation
+
+@typing.final
+class ScoreRequest(google.protobuf.message.Message):
+    """What to score: each continuation given the input, or the input itself."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    INPUT_FIELD_NUMBER: builtins.int
+    CONTINUATIONS_FIELD_NUMBER: builtins.int
+    FROM_TOKEN_FIELD_NUMBER: builtins.int
+    RETURN_TEXT_OFFSETS_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    CACHE_SALT_FIELD_NUMBER: builtins.int
+    ALLOW_CONTROL_TOKENS_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """Id of the request, for logs and spans."""
+    model: builtins.str
+    """Name of the model; empty: whatever the worker serves."""
+    from_token: builtins.int
+    """First token of the input to be scored, for requests without continuations. Range [1, tokens of the input), for
+    nothing comes before token 0. Default 1.
+    """
+    return_text_offsets: builtins.bool
+    """Report the scored text and where in it each token begins. Default false."""
+    priority: meshlm.v1.generation_pb2.Priority.ValueType
+    """How soon it is wanted."""
+    tenant: builtins.str
+    """As in RunGenerationRequest."""
+    cache_salt: builtins.bytes
+    """As in RunGenerationRequest."""
+    allow_control_tokens: builtins.bool
+    """As in RunGenerationRequest."""
+    @property
+    def input(self) -> meshlm.v1.generation_pb2.Input:
+        """What is read first. A chat opens the assistant's turn unless it says otherwise, so that a continuation is an answer."""
+
+    @property
+    def continuations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Continuation]:
+        """Texts to score, each given the input alone. At most 16. Empty: the input itself is scored."""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        model: builtins.str = ...,
+        input: meshlm.v1.generation_pb2.Input | None = ...,
+        continuations: collections.abc.Iterable[global___Continuation] | None = ...,
+        from_token: builtins.int | None = ...,
+        return_text_offsets: builtins.bool = ...,
+        priority: meshlm.v1.generation_pb2.Priority.ValueType = ...,
+        tenant: builtins.str = ...,
+        cache_salt: builtins.bytes = ...,
+        allow_control_tokens: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_from_token", b"_from_token", "from_token", b"from_token", "input", b"input"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_from_token", b"_from_token", "allow_control_tokens", b"allow_control_tokens", "cache_salt", b"cache_salt", "continuations", b"continuations", "from_token", b"from_token", "input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "return_text_offsets", b"return_text_offsets", "tenant", b"tenant"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_from_token", b"_from_token"]) -> typing.Literal["from_token"] | None: ...
+
+global___ScoreRequest = ScoreRequest
+
+@typing.final
+class ScoredText(google.protobuf.message.Message):
+    """The tokens of one scored text. All lists have one entry a token."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
+    ENTROPIES_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    TEXT_OFFSETS_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """The text of these tokens, control tokens included, if `return_text_offsets` was set."""
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The tokens."""
+
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Natural logarithm of each token's probability, given all tokens before it; temperature 1, no filter. At most 0."""
+
+    @property
+    def entropies(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Entropy, in nats, of the distribution that each token is a draw from: how sure the model was there. At least 0."""
+
+    @property
+    def text_offsets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Where in `text` each token begins, in characters (code points), if `return_text_offsets` was set; for a token inside
+        a character, where that character begins.
+        """
+
+    def __init__(
+        self,
+        *,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        logprobs: collections.abc.Iterable[builtins.float] | None = ...,
+        entropies: collections.abc.Iterable[builtins.float] | None = ...,
+        text: builtins.str = ...,
+        text_offsets: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["entropies", b"entropies", "logprobs", b"logprobs", "text", b"text", "text_offsets", b"text_offsets", "token_ids", b"token_ids"]) -> None: ...
+
+global___ScoredText = ScoredText
+
+@typing.final
+class ScoreResponse(google.protobuf.message.Message):
+    """How likely each text is."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SCORED_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
+    TIMING_FIELD_NUMBER: builtins.int
+    MODEL_REVISION_FIELD_NUMBER: builtins.int
+    model_revision: builtins.str
+    """Digest of the model's weights."""
+    @property
+    def scored(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ScoredText]:
+        """One for each continuation, in order; or one for the input."""
+
+    @property
+    def usage(self) -> meshlm.v1.generation_pb2.Usage:
+        """Tokens read, over all continuations (the input counts for each), and those of them found in the prefix cache."""
+
+    @property
+    def timing(self) -> meshlm.v1.generation_pb2.Timing:
+        """Queue and prefill are set: until the first text was started, and from there to the last one's end."""
+
+    def __init__(
+        self,
+        *,
+        scored: collections.abc.Iterable[global___ScoredText] | None = ...,
+        usage: meshlm.v1.generation_pb2.Usage | None = ...,
+        timing: meshlm.v1.generation_pb2.Timing | None = ...,
+        model_revision: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["timing", b"timing", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model_revision", b"model_revision", "scored", b"scored", "timing", b"timing", "usage", b"usage"]) -> None: ...
+
+global___ScoreResponse = ScoreResponse
+
+@typing.final
+class EmbedRequest(google.protobuf.message.Message):
+    """Texts to turn into vectors."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    INPUTS_FIELD_NUMBER: builtins.int
+    POOLING_FIELD_NUMBER: builtins.int
+    NORMALIZE_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    CACHE_SALT_FIELD_NUMBER: builtins.int
+    ALLOW_CONTROL_TOKENS_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """Id of the request, for logs and spans."""
+    model: builtins.str
+    """Name of the model; empty: whatever the worker serves."""
+    pooling: global___Pooling.ValueType
+    """How hidden states become one vector. Default POOLING_MEAN."""
+    normalize: builtins.bool
+    """Whether vectors are scaled to length 1, so that their dot product is their cosine. Default true."""
+    priority: meshlm.v1.generation_pb2.Priority.ValueType
+    """How soon it is wanted."""
+    tenant: builtins.str
+    """As in RunGenerationRequest."""
+    cache_salt: builtins.bytes
+    """As in RunGenerationRequest."""
+    allow_control_tokens: builtins.bool
+    """As in RunGenerationRequest."""
+    @property
+    def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[meshlm.v1.generation_pb2.Input]:
+        """The texts. 1 to 64."""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        model: builtins.str = ...,
+        inputs: collections.abc.Iterable[meshlm.v1.generation_pb2.Input] | None = ...,
+        pooling: global___Pooling.ValueType = ...,
+        normalize: builtins.bool | None = ...,
+        priority: meshlm.v1.generation_pb2.Priority.ValueType = ...,
+        tenant: builtins.str = ...,
+        cache_salt: builtins.bytes = ...,
+        allow_control_tokens: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_normalize", b"_normalize", "normalize", b"normalize"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_normalize", b"_normalize", "allow_control_tokens", b"allow_control_tokens", "cache_salt", b"cache_salt", "inputs", b"inputs", "model", b"model", "normalize", b"normalize", "pooling", b"pooling", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_normalize", b"_normalize"]) -> typing.Literal["normalize"] | None: ...
+
+global___EmbedRequest = EmbedRequest
+
+@typing.final
+class Embedding(google.protobuf.message.Message):
+    """One text's vector."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VECTOR_FIELD_NUMBER: builtins.int
+    @property
+    def vector(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """As many numbers as the model's hidden size."""
+
+    def __init__(
+        self,
+        *,
+        vector: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["vector", b"vector"]) -> None: ...
+
+global___Embedding = Embedding
+
+@typing.final
+class EmbedResponse(google.protobuf.message.Message):
+    """The vectors."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EMBEDDINGS_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
+    TIMING_FIELD_NUMBER: builtins.int
+    MODEL_REVISION_FIELD_NUMBER: builtins.int
+    model_revision: builtins.str
+    """Digest of the model's weights."""
+    @property
+    def embeddings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Embedding]:
+        """One for each input, in order."""
+
+    @property
+    def usage(self) -> meshlm.v1.generation_pb2.Usage:
+        """Tokens read, and those of them found in the prefix cache."""
+
+    @property
+    def timing(self) -> meshlm.v1.generation_pb2.Timing:
+        """As in ScoreResponse."""
+
+    def __init__(
+        self,
+        *,
+        embeddings: collections.abc.Iterable[global___Embedding] | None = ...,
+        usage: meshlm.v1.generation_pb2.Usage | None = ...,
+        timing: meshlm.v1.generation_pb2.Timing | None = ...,
+        model_revision: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["timing", b"timing", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["embeddings", b"embeddings", "model_revision", b"model_revision", "timing", b"timing", "usage", b"usage"]) -> None: ...
+
+global___EmbedResponse = EmbedResponse
+
+@typing.final
 class CountInputTokensRequest(google.protobuf.message.Message):
     """An input to measure."""
 
@@ -229,6 +544,10 @@ class WorkerModel(google.protobuf.message.Message):
     QUANTIZATION_FIELD_NUMBER: builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: builtins.int
     KV_BYTES_FIELD_NUMBER: builtins.int
+    KV_DTYPE_FIELD_NUMBER: builtins.int
+    ENGINE_FIELD_NUMBER: builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: builtins.int
+    KV_POLICIES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name to ask for."""
     revision: builtins.str
@@ -245,6 +564,14 @@ class WorkerModel(google.protobuf.message.Message):
     """Bytes of weights in memory."""
     kv_bytes: builtins.int
     """Bytes of KV cache."""
+    kv_dtype: builtins.str
+    """Type of the keys and values in it: `float32`, `bfloat16`, `int8`, ..."""
+    engine: builtins.str
+    """What computes: `torch`, `native (avx512)`, `fake`, ..."""
+    hidden_size: builtins.int
+    """Numbers in an embedding."""
+    kv_policies: builtins.bool
+    """Whether it takes a KvPolicy other than MODE_FULL."""
     @property
     def adapters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Adapters loaded."""
@@ -261,8 +588,12 @@ class WorkerModel(google.protobuf.message.Message):
         quantization: builtins.str = ...,
         weight_bytes: builtins.int = ...,
         kv_bytes: builtins.int = ...,
+        kv_dtype: builtins.str = ...,
+        engine: builtins.str = ...,
+        hidden_size: builtins.int = ...,
+        kv_policies: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "chat", b"chat", "kv_bytes", b"kv_bytes", "max_context", b"max_context", "name", b"name", "quantization", b"quantization", "revision", b"revision", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "chat", b"chat", "engine", b"engine", "hidden_size", b"hidden_size", "kv_bytes", b"kv_bytes", "kv_dtype", b"kv_dtype", "kv_policies", b"kv_policies", "max_context", b"max_context", "name", b"name", "quantization", b"quantization", "revision", b"revision", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
 
 global___WorkerModel = WorkerModel
 

@@ -40,6 +40,16 @@ class WorkerServiceStub(object):
                 request_serializer=meshlm_dot_v1_dot_worker__pb2.RunGenerationRequest.SerializeToString,
                 response_deserializer=meshlm_dot_v1_dot_worker__pb2.RunGenerationResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/meshlm.v1.WorkerService/Score',
+                request_serializer=meshlm_dot_v1_dot_worker__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=meshlm_dot_v1_dot_worker__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/meshlm.v1.WorkerService/Embed',
+                request_serializer=meshlm_dot_v1_dot_worker__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=meshlm_dot_v1_dot_worker__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.CountInputTokens = channel.unary_unary(
                 '/meshlm.v1.WorkerService/CountInputTokens',
                 request_serializer=meshlm_dot_v1_dot_worker__pb2.CountInputTokensRequest.SerializeToString,
@@ -58,6 +68,20 @@ class WorkerServiceServicer(object):
 
     def RunGeneration(self, request, context):
         """Generates; cancel or a passed deadline frees the sequence's memory within one engine step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Says how likely a text is, token by token. Nothing is generated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Turns texts into vectors: the model's final hidden states, pooled. Nothing is generated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +108,16 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.RunGeneration,
                     request_deserializer=meshlm_dot_v1_dot_worker__pb2.RunGenerationRequest.FromString,
                     response_serializer=meshlm_dot_v1_dot_worker__pb2.RunGenerationResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=meshlm_dot_v1_dot_worker__pb2.ScoreRequest.FromString,
+                    response_serializer=meshlm_dot_v1_dot_worker__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=meshlm_dot_v1_dot_worker__pb2.EmbedRequest.FromString,
+                    response_serializer=meshlm_dot_v1_dot_worker__pb2.EmbedResponse.SerializeToString,
             ),
             'CountInputTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.CountInputTokens,
@@ -124,6 +158,60 @@ class WorkerService(object):
             '/meshlm.v1.WorkerService/RunGeneration',
             meshlm_dot_v1_dot_worker__pb2.RunGenerationRequest.SerializeToString,
             meshlm_dot_v1_dot_worker__pb2.RunGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshlm.v1.WorkerService/Score',
+            meshlm_dot_v1_dot_worker__pb2.ScoreRequest.SerializeToString,
+            meshlm_dot_v1_dot_worker__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshlm.v1.WorkerService/Embed',
+            meshlm_dot_v1_dot_worker__pb2.EmbedRequest.SerializeToString,
+            meshlm_dot_v1_dot_worker__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,6 +27,18 @@ class WorkerServiceStub:
     ]
     """Generates; cancel or a passed deadline frees the sequence's memory within one engine step."""
 
+    Score: grpc.UnaryUnaryMultiCallable[
+        meshlm.v1.worker_pb2.ScoreRequest,
+        meshlm.v1.worker_pb2.ScoreResponse,
+    ]
+    """Says how likely a text is, token by token. Nothing is generated."""
+
+    Embed: grpc.UnaryUnaryMultiCallable[
+        meshlm.v1.worker_pb2.EmbedRequest,
+        meshlm.v1.worker_pb2.EmbedResponse,
+    ]
+    """Turns texts into vectors: the model's final hidden states, pooled. Nothing is generated."""
+
     CountInputTokens: grpc.UnaryUnaryMultiCallable[
         meshlm.v1.worker_pb2.CountInputTokensRequest,
         meshlm.v1.worker_pb2.CountInputTokensResponse,
@@ -47,6 +59,18 @@ class WorkerServiceAsyncStub:
         meshlm.v1.worker_pb2.RunGenerationResponse,
     ]
     """Generates; cancel or a passed deadline frees the sequence's memory within one engine step."""
+
+    Score: grpc.aio.UnaryUnaryMultiCallable[
+        meshlm.v1.worker_pb2.ScoreRequest,
+        meshlm.v1.worker_pb2.ScoreResponse,
+    ]
+    """Says how likely a text is, token by token. Nothing is generated."""
+
+    Embed: grpc.aio.UnaryUnaryMultiCallable[
+        meshlm.v1.worker_pb2.EmbedRequest,
+        meshlm.v1.worker_pb2.EmbedResponse,
+    ]
+    """Turns texts into vectors: the model's final hidden states, pooled. Nothing is generated."""
 
     CountInputTokens: grpc.aio.UnaryUnaryMultiCallable[
         meshlm.v1.worker_pb2.CountInputTokensRequest,
@@ -70,6 +94,22 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[meshlm.v1.worker_pb2.RunGenerationResponse], collections.abc.AsyncIterator[meshlm.v1.worker_pb2.RunGenerationResponse]]:
         """Generates; cancel or a passed deadline frees the sequence's memory within one engine step."""
+
+    @abc.abstractmethod
+    def Score(
+        self,
+        request: meshlm.v1.worker_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[meshlm.v1.worker_pb2.ScoreResponse, collections.abc.Awaitable[meshlm.v1.worker_pb2.ScoreResponse]]:
+        """Says how likely a text is, token by token. Nothing is generated."""
+
+    @abc.abstractmethod
+    def Embed(
+        self,
+        request: meshlm.v1.worker_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[meshlm.v1.worker_pb2.EmbedResponse, collections.abc.Awaitable[meshlm.v1.worker_pb2.EmbedResponse]]:
+        """Turns texts into vectors: the model's final hidden states, pooled. Nothing is generated."""
 
     @abc.abstractmethod
     def CountInputTokens(

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshlm.chassis.errors import invalid
+from meshlm.chassis.validation import KV_SINKS, keeps_part
 from meshlm.v1 import generation_pb2 as g
 
 # Raised when the encoding changes: older answers are then never found.
-_ENCODING = 1
+_ENCODING = 2
 _TEXT = re.compile(r"([0-9a-f]{16}):([0-9a-f]{64})")
 
 
@@ -67,6 +68,7 @@ def derive(
         "input": _input(generation.input),
         "control": control_tokens and generation.input.HasField("prompt"),  # nowhere else do they count
         "sampling": _sampling(generation.sampling),
+        "kv": _kv(generation.kv_policy),
     }
     # JSON with sorted names and escaped text is injective: two contents never share an encoding.
     encoded = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -113,6 +115,14 @@ def _sampling(sampling: g.Sampling) -> dict[str, Any]:
     content["stop_token_ids"] = sorted(set(sampling.stop_token_ids))
     content["ignore_eos"] = sampling.ignore_eos
     return content
+
+
+def _kv(policy: g.KvPolicy) -> list[int] | None:
+    """What is dropped from the KV cache is missing from the answer; None where nothing is."""
+    if not keeps_part(policy):
+        return None
+    windowed = policy.mode == g.KvPolicy.MODE_WINDOW
+    return [policy.mode, policy.tokens, _optional(policy, "sinks", KV_SINKS) if windowed else 0]
 
 
 def _optional(message: Any, name: str, default: Any = None) -> Any:

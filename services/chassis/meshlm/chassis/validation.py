@@ -19,6 +19,8 @@ MAX_BIASES = 1024
 MAX_CHOICES = 8
 MAX_LOGPROBS = 20
 MAX_LABELS = 16
+KV_TOKENS = (64, 1 << 20)  # fewest and most that a KV budget may name
+KV_SINKS = 16  # where a window names none
 _TOKEN_LIMIT = 2**31
 _SPEAKER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -37,6 +39,7 @@ def check_generation(generation: pb.Generation) -> None:
     """A generation's own consistency; whether the model exists and the input fits is for others to say."""
     check_input(generation.input)
     check_sampling(generation.sampling)
+    check_kv_policy(generation.kv_policy)
     for name, kind in (("priority", pb.Priority), ("cache_policy", pb.CachePolicy)):
         if getattr(generation, name) not in kind.values():  # proto3 lets any number through
             raise invalid(f"generation.{name}", "not one of its values")
@@ -104,6 +107,27 @@ def _check_stops(sampling: pb.Sampling, path: str) -> None:
         raise invalid(f"{path}.stop", f"each must have 1 to {MAX_STOP_BYTES} bytes")
     if len(sampling.stop_token_ids) > MAX_STOP_TOKENS:
         raise invalid(f"{path}.stop_token_ids", f"more than {MAX_STOP_TOKENS}")
+
+
+def check_kv_policy(policy: pb.KvPolicy, path: str = "generation.kv_policy") -> None:
+    mode, (least, most) = policy.mode, KV_TOKENS
+    if mode not in pb.KvPolicy.Mode.values():
+        raise invalid(f"{path}.mode", "not one of its values")
+    if not keeps_part(policy):
+        if policy.tokens:
+            raise invalid(f"{path}.tokens", "has no meaning where all tokens stay")
+    elif not least <= policy.tokens <= most:
+        raise invalid(f"{path}.tokens", f"must be in [{least}, {most}]")
+    if policy.HasField("sinks"):
+        if mode != pb.KvPolicy.MODE_WINDOW:
+            raise invalid(f"{path}.sinks", "has no meaning but for a window")
+        if 2 * policy.sinks > policy.tokens:
+            raise invalid(f"{path}.sinks", "must be at most half of tokens")
+
+
+def keeps_part(policy: pb.KvPolicy) -> bool:
+    """Whether some tokens may leave the KV cache, which can change the answer."""
+    return policy.mode in (pb.KvPolicy.MODE_WINDOW, pb.KvPolicy.MODE_IMPORTANCE)
 
 
 def is_deterministic(sampling: pb.Sampling) -> bool:

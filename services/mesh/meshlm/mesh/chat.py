@@ -26,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, the most likely answer")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--max-tokens", type=int, default=512, help="most tokens of an answer (default: 512)")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--kv-window", type=int, metavar="N", help="the worker remembers the first 16 tokens and the latest, N in all"
+    )
+    kept.add_argument(
+        "--kv-importance", type=int, metavar="N", help="the worker remembers the N tokens that mattered most so far"
+    )
     parser.add_argument("--stats", action="store_true", help="tell time to first token, tokens/s and the request's id")
 
 
@@ -46,6 +53,10 @@ def _options(arguments: argparse.Namespace) -> Asked:
     options = Asked(model=arguments.model, temperature=arguments.temperature, max_tokens=arguments.max_tokens)
     if arguments.seed is not None:
         options["seed"] = arguments.seed
+    if arguments.kv_window is not None:
+        options["kv"], options["kv_tokens"] = "window", arguments.kv_window
+    if arguments.kv_importance is not None:
+        options["kv"], options["kv_tokens"] = "importance", arguments.kv_importance
     return options
 
 

@@ -13,6 +13,7 @@ Turn = Mapping[str, str] | pb.Message | tuple[str, str]
 T = TypeVar("T")
 Priority = Literal["critical", "interactive", "standard", "batch"]
 CacheUse = Literal["default", "always", "bypass", "refresh"]
+KvMode = Literal["full", "window", "importance"]
 
 _PRIORITIES: Mapping[str, pb.Priority.ValueType] = {
     "critical": pb.PRIORITY_CRITICAL,
@@ -25,6 +26,11 @@ _CACHE_USES: Mapping[str, pb.CachePolicy.ValueType] = {
     "always": pb.CACHE_POLICY_ALWAYS,
     "bypass": pb.CACHE_POLICY_BYPASS,
     "refresh": pb.CACHE_POLICY_REFRESH,
+}
+_KV_MODES: Mapping[str, pb.KvPolicy.Mode.ValueType] = {
+    "full": pb.KvPolicy.MODE_FULL,
+    "window": pb.KvPolicy.MODE_WINDOW,
+    "importance": pb.KvPolicy.MODE_IMPORTANCE,
 }
 
 
@@ -44,6 +50,10 @@ class Asked(TypedDict, total=False):
     cache: CacheUse
     labels: Mapping[str, str]
     return_token_ids: bool
+    # What the worker remembers of the sequence: which tokens, at most how many, and how many first ones of a window.
+    kv: KvMode
+    kv_tokens: int
+    kv_sinks: int
     # How tokens are drawn.
     temperature: float
     top_p: float
@@ -84,6 +94,7 @@ def generation(**asked: Unpack[Asked]) -> pb.Generation:
         built.priority = _named(_PRIORITIES, priority, "priority")
     built.cache_policy = _named(_CACHE_USES, asked.get("cache", "default"), "cache")
     _sample(built.sampling, asked)
+    _remember(built, asked)
     return built
 
 
@@ -127,6 +138,18 @@ def _sample(sampling: pb.Sampling, asked: Asked) -> None:
         sampling.logit_bias.update(asked.get("logit_bias", {}))
     except (ValueError, TypeError):
         raise invalid("stop_token_ids", "token ids are integers of 32 bits, none negative") from None
+
+
+def _remember(built: pb.Generation, asked: Asked) -> None:
+    if "kv" in asked:
+        built.kv_policy.mode = _named(_KV_MODES, asked["kv"], "kv")
+    try:
+        if "kv_tokens" in asked:
+            built.kv_policy.tokens = asked["kv_tokens"]
+        if "kv_sinks" in asked:
+            built.kv_policy.sinks = asked["kv_sinks"]
+    except (ValueError, TypeError):
+        raise invalid("kv_tokens", "kv_tokens and kv_sinks are integers of 32 bits, none negative") from None
 
 
 def deterministic(generation: pb.Generation) -> bool:

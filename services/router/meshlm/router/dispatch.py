@@ -86,6 +86,7 @@ async def _offer(work: Work, replica: Replica) -> WorkerCall:
         cache_salt=work.cache_salt,
         resume_from=work.resume_from,
         allow_control_tokens=work.key.raw_prompts,
+        tenant=work.key.tenant,
     )
     with trace.use_span(span, end_on_exit=False):
         call = replica.stub.RunGeneration(request, timeout=work.seconds_left(), metadata=outgoing_metadata())

@@ -57,6 +57,8 @@ class WorkerConfig:
     block_size: int = 16
     # How much is done at once.
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    # Most tokens of all texts of one Score or Embed.
+    max_read_tokens: int = 65536
     # Seconds without a step, with work to do, after which the engine is killed and started again: more than the longest
     # step takes, which is a prefill of `scheduler.step_tokens`.
     hang_seconds: float = 30.0
@@ -70,8 +72,8 @@ class WorkerConfig:
             raise ValueError("model_path is required")
         if self.hang_seconds <= 0 or self.load_seconds <= 0:
             raise ValueError("hang_seconds and load_seconds must be above 0")
-        if self.kv_memory < 1 or self.block_size < 1:
-            raise ValueError("kv_memory and block_size must be at least 1")
+        if min(self.kv_memory, self.block_size, self.max_read_tokens) < 1:
+            raise ValueError("kv_memory, block_size and max_read_tokens must be at least 1")
         if self.block_size & (self.block_size - 1):
             raise ValueError("block_size must be a power of two")
         if any(count is not None and count < 1 for count in (self.kv_blocks, self.threads)):

@@ -21,6 +21,7 @@ import zmq
 from meshlm.worker.front.engine_process import EngineProcess, EngineSettings
 from meshlm.worker.messages import (
     Cancel,
+    Embedded,
     Finished,
     Goodbye,
     Load,
@@ -28,6 +29,7 @@ from meshlm.worker.messages import (
     ModelFacts,
     NewToken,
     Ready,
+    Scored,
     Started,
     StepReport,
     Stop,
@@ -39,9 +41,10 @@ WATCH_WAIT_SECONDS = 1.0  # and something every second
 LONGEST_BACKOFF_SECONDS = 30.0
 LONG_LIFE_SECONDS = 60.0  # an engine that lived so long is started again without a pause
 STOP_SECONDS = 10.0  # for the step under way
+LOADING_TOLD_SECONDS = 5.0  # between two lines of the log on a long load
 LAST_WORDS_SECONDS = 0.1  # what a dead engine had sent before is still read
 
-Event = Started | NewToken | Finished
+Event = Started | NewToken | Scored | Embedded | Finished
 
 log = structlog.get_logger()
 
@@ -137,6 +140,7 @@ class EngineClient:
         self._changed = asyncio.Event()
         self._last_message = 0.0
         self._last_progress = 0.0
+        self._loading_told = 0.0
         self._step_seconds: deque[float] = deque(maxlen=64)
         self.facts: ModelFacts | None = None
         self.load: Load | None = None
@@ -306,15 +310,21 @@ class EngineClient:
             case StepReport():
                 self._take_report(message)
             case Loading():
-                if message.done in (0, message.total):
-                    log.info("engine loading", stage=message.stage, done=message.done, total=message.total)
+                self._tell_loading(message)
             case Ready():
-                self._engine, self.facts = engine, message.facts
+                self._engine, self.facts, self.load = engine, message.facts, _idle(message.facts)
                 self._last_progress = self._last_message
                 log.info("engine ready", seconds=round(message.seconds, 3), blocks=message.facts.total_blocks)
                 if self._first_ready is not None and not self._first_ready.done():
                     self._first_ready.set_result(message.facts)
                 await self._tell(able=True, why="")
+
+    def _tell_loading(self, progress: Loading) -> None:
+        """Both ends of each stage, and now and then between them."""
+        if progress.done not in (0, progress.total) and self._last_message < self._loading_told + LOADING_TOLD_SECONDS:
+            return
+        self._loading_told = self._last_message
+        log.info("engine loading", stage=progress.stage, done=progress.done, total=progress.total)
 
     def _take_report(self, report: StepReport) -> None:
         if self.load is None or report.load.steps_total != self.load.steps_total:
@@ -322,7 +332,7 @@ class EngineClient:
         if report.tokens:
             self._step_seconds.append(report.step_seconds)
         self.load = report.load
-        for events in (report.started, report.tokens, report.finished):
+        for events in (report.started, report.tokens, report.scored, report.embedded, report.finished):
             for event in events:
                 stream = self._streams.get(event.id)
                 if stream is not None:
@@ -339,3 +349,21 @@ class EngineClient:
         for stream in self._streams.values():
             stream.lose(EngineLost(why))
         self._streams.clear()
+
+
+def _idle(facts: ModelFacts) -> Load:
+    """The load of an engine that is ready and has not reported yet: watchers must not take it for a full one."""
+    return Load(
+        running=0,
+        waiting=0,
+        free_blocks=facts.total_blocks,
+        total_blocks=facts.total_blocks,
+        pending_prefill_tokens=0,
+        cached_blocks=0,
+        digest=b"",
+        steps_total=0,
+        preemptions_total=0,
+        cancelled_total=0,
+        freed_after_cancel_total=0,
+        out_of_memory_total=0,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from opentelemetry import context
 from opentelemetry.metrics import CallbackOptions, Observation
@@ -11,7 +12,8 @@ from opentelemetry.metrics import CallbackOptions, Observation
 from meshlm.chassis import telemetry
 from meshlm.chassis.telemetry import Name
 from meshlm.worker.front.engine_client import EngineClient
-from meshlm.worker.front.streams import Choice, Generation
+from meshlm.worker.front.reads import Reads
+from meshlm.worker.front.streams import Choice, Generation, Phases
 from meshlm.worker.messages import Load
 
 _GAUGES: dict[str, Callable[[Load], int]] = {
@@ -38,6 +40,9 @@ class Measures:
         meter = telemetry.meter()
         self._client = client
         self._attributes = {Name.OPERATION: "generate", Name.REQUEST_MODEL: model}
+        self._read_attributes = {
+            operation: {Name.OPERATION: operation, Name.REQUEST_MODEL: model} for operation in ("score", "embeddings")
+        }
         self._duration = meter.create_histogram(Name.SERVER_DURATION, "s", "From arrival at the worker to the end")
         self._first = meter.create_histogram(Name.SERVER_TTFT, "s", "From arrival at the worker to the first token")
         self._per_token = meter.create_histogram(Name.SERVER_TPOT, "s", "Between tokens after the first")
@@ -54,13 +59,23 @@ class Measures:
             self._record_histograms(choice)
             _record_spans(choice, len(generation.plan.prompt))
 
+    def record_reads(self, reads: Reads) -> None:
+        """As `record`, for texts that were scored or embedded: one pair of spans for all of them."""
+        phases = reads.phases
+        phases.ended = phases.ended or time.monotonic()
+        operation = "score" if reads.plan.pool is None else "embeddings"
+        self._duration.record(phases.ended - phases.arrival, self._read_attributes[operation])
+        about = {Name.OPERATION: operation}
+        prompt = about | {Name.INPUT_TOKENS: reads.tokens, Name.CACHED_TOKENS: reads.cached}
+        _record_wait(phases, about, prompt)
+
     def _record_histograms(self, choice: Choice) -> None:
         phases = choice.phases
         self._duration.record(phases.ended - phases.arrival, self._attributes)
         if phases.first_token:
             self._first.record(phases.first_token - phases.arrival, self._attributes)
-        if choice.made > 1 and phases.first_token:
-            self._per_token.record(phases.decode / (choice.made - 1), self._attributes)
+        if choice.drawn > 1 and phases.first_token:
+            self._per_token.record(phases.decode / (choice.drawn - 1), self._attributes)
 
     def _observer(self, read: Callable[[Load], int]) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def observe(_: CallbackOptions) -> list[Observation]:
@@ -71,14 +86,21 @@ class Measures:
 
 
 def _record_spans(choice: Choice, prompt_tokens: int) -> None:
-    phases, parent = choice.phases, context.get_current()
-    offset = time.time() - time.monotonic()
-    about = {Name.CHOICE: choice.index}
-    scheduled, first = phases.first_scheduled or phases.ended, phases.first_token or phases.ended
-    telemetry.record("engine.queue", phases.arrival, scheduled, offset, about, parent)
-    if phases.first_scheduled:
-        prompt = {Name.INPUT_TOKENS: prompt_tokens, Name.CACHED_TOKENS: choice.cached}
-        telemetry.record("engine.prefill", scheduled, first, offset, about | prompt, parent)
+    phases = choice.phases
+    about: dict[str, Any] = {Name.CHOICE: choice.index}
+    _record_wait(phases, about, about | {Name.INPUT_TOKENS: prompt_tokens, Name.CACHED_TOKENS: choice.cached})
     if phases.first_token:
-        output = {Name.OUTPUT_TOKENS: choice.made, Name.PREEMPTIONS: choice.preemptions}
-        telemetry.record("engine.decode", first, phases.ended, offset, about | output, parent)
+        output = about | {Name.OUTPUT_TOKENS: choice.made, Name.PREEMPTIONS: choice.preemptions}
+        _record_span("engine.decode", phases.first_token, phases.ended, output)
+
+
+def _record_wait(phases: Phases, about: dict[str, Any], prompt: dict[str, Any]) -> None:
+    """The queue, with attributes `about`, and the prefill, with attributes `prompt`."""
+    scheduled = phases.first_scheduled or phases.ended
+    _record_span("engine.queue", phases.arrival, scheduled, about)
+    if phases.first_scheduled:
+        _record_span("engine.prefill", scheduled, phases.first_token or phases.ended, prompt)
+
+
+def _record_span(name: str, start: float, end: float, attributes: dict[str, Any]) -> None:
+    telemetry.record(name, start, end, time.time() - time.monotonic(), attributes, context.get_current())

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import msgspec
 
 from meshlm.chassis.errors import MeshError, Reason, invalid
-from meshlm.chassis.validation import check_generation
+from meshlm.chassis.validation import KV_SINKS, check_generation, keeps_part
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
 from meshlm.worker.front.prompts import Prompts
-from meshlm.worker.messages import Limits, ModelFacts, Sampling, Submit
+from meshlm.worker.messages import KvBudget, Limits, ModelFacts, Sampling, Submit
 
 # Smaller goes first; see the scheduler for what a step is worth.
 PRIORITIES = {
@@ -28,6 +28,7 @@ _DRAWING = frozenset(
     {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 )
 _SEEDS = 1 << 64
+MAX_TENANT_BYTES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class Plan:
     choices: int
     priority: int
     cache_salt: bytes
+    tenant: str
+    kv: KvBudget | None
     resume_from: int  # tokens that are not sent again
     return_token_ids: bool
 
@@ -57,6 +60,8 @@ class Plan:
             priority=self.priority,
             admitted=choice > 0,
             cache_salt=self.cache_salt,
+            tenant=self.tenant,
+            kv=self.kv,
             arrival=time.monotonic(),
         )
 
@@ -67,12 +72,13 @@ async def make_plan(
     """`seconds`: until the caller's deadline. Raises MeshError: REQUEST_INVALID, MODEL_UNKNOWN, CONTEXT_TOO_LONG."""
     generation = request.generation
     check_generation(generation)
-    if generation.model not in ("", model):
-        raise MeshError(Reason.MODEL_UNKNOWN, "this worker serves another model", metadata={"model": model})
+    check_model(generation.model, model)
+    check_tenant(request.tenant)
     if generation.adapter:
         raise MeshError(Reason.MODEL_UNKNOWN, "this worker has no such adapter", metadata={"model": model})
     _check_resumption(request, facts)
     _check_token_ids(generation.sampling, facts)
+    kv = _kv_budget(generation.kv_policy, facts)
     prompt = await prompts.encode(
         generation.input, control_tokens=request.allow_control_tokens, vocab_size=facts.vocab_size
     )
@@ -80,14 +86,40 @@ async def make_plan(
         prompt=prompt,
         generated=list(request.generated),
         sampling=_sampling(generation.sampling),
-        limits=_limits(generation.sampling, _eos_ids(prompts, facts), _room(prompt, facts), seconds),
+        limits=_limits(generation.sampling, _eos_ids(prompts, facts), _room(prompt, facts, kv), seconds),
         stops=tuple(generation.sampling.stop),
         choices=generation.sampling.n or 1,
         priority=PRIORITIES.get(generation.priority, 0),
         cache_salt=request.cache_salt,
+        tenant=request.tenant,
+        kv=kv,
         resume_from=request.resume_from,
         return_token_ids=generation.return_token_ids,
     )
+
+
+def check_model(asked: str, served: str) -> None:
+    """Raises MeshError MODEL_UNKNOWN."""
+    if asked not in ("", served):
+        raise MeshError(Reason.MODEL_UNKNOWN, "this worker serves another model", metadata={"model": served})
+
+
+def check_tenant(tenant: str) -> None:
+    """Raises MeshError REQUEST_INVALID."""
+    if len(tenant.encode()) > MAX_TENANT_BYTES:
+        raise invalid("tenant", f"longer than {MAX_TENANT_BYTES} bytes")
+
+
+def _kv_budget(policy: pb.KvPolicy, facts: ModelFacts) -> KvBudget | None:
+    """Raises MeshError REQUEST_INVALID where this engine cannot drop tokens."""
+    if not keeps_part(policy):
+        return None
+    if not facts.kv_budgets:
+        raise invalid("generation.kv_policy.mode", f"this worker's engine ({facts.engine}) keeps all tokens")
+    if policy.mode == pb.KvPolicy.MODE_IMPORTANCE:
+        return KvBudget(policy="importance", tokens=policy.tokens)
+    sinks = policy.sinks if policy.HasField("sinks") else KV_SINKS
+    return KvBudget(policy="window", tokens=policy.tokens, sinks=sinks)
 
 
 def _check_resumption(request: worker_pb2.RunGenerationRequest, facts: ModelFacts) -> None:
@@ -103,9 +135,16 @@ def _check_token_ids(sampling: pb.Sampling, facts: ModelFacts) -> None:
             raise invalid(f"generation.sampling.{name}", f"each token id must be below {facts.vocab_size}")
 
 
-def _room(prompt: list[int], facts: ModelFacts) -> int:
+def longest_sequence(facts: ModelFacts, kv: KvBudget | None = None) -> int:
+    """Most tokens of a sequence, prompt and answer: what the model knows, and what the KV cache has room for. With a
+    budget that the cache can hold, the model alone limits it."""
+    held = facts.total_blocks * facts.block_size
+    return facts.max_context if kv is not None and kv.tokens < held else min(facts.max_context, held)
+
+
+def _room(prompt: list[int], facts: ModelFacts, kv: KvBudget | None) -> int:
     """Tokens that the context leaves for an answer. Raises MeshError CONTEXT_TOO_LONG."""
-    longest = min(facts.max_context, facts.total_blocks * facts.block_size)
+    longest = longest_sequence(facts, kv)
     if len(prompt) >= longest:
         raise MeshError(
             Reason.CONTEXT_TOO_LONG,

@@ -19,8 +19,10 @@ from meshlm.worker.front.engine_client import EngineClient
 from meshlm.worker.front.measures import Measures
 from meshlm.worker.front.plans import make_plan
 from meshlm.worker.front.prompts import Prompts
+from meshlm.worker.front.read_plans import ReadLimits, plan_embed, plan_score
+from meshlm.worker.front.reads import Reads, embed_response, score_response
 from meshlm.worker.front.streams import Generation
-from meshlm.worker.messages import ModelFacts
+from meshlm.worker.messages import Embedded, ModelFacts, Scored
 
 log = structlog.get_logger()
 
@@ -43,6 +45,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._config = config
         self._client = client
         self._measures = measures
+        self._read_limits = ReadLimits(config.model_name, config.max_read_tokens)
 
     async def RunGeneration(
         self, request: worker_pb2.RunGenerationRequest, context: grpc.aio.ServicerContext
@@ -58,12 +61,40 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         finally:
             self._measures.record(generation)
 
+    async def Score(
+        self, request: worker_pb2.ScoreRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ScoreResponse:
+        model = self._ready_model()
+        plan = await plan_score(request, model.prompts, model.facts, self._read_limits, seconds_left(context))
+        reads = Reads(self._client, plan)
+        results = await self._read(reads)
+        offsets = request.return_text_offsets
+        return score_response(reads, results, model.prompts.tokenizer, offsets=offsets, revision=model.revision)
+
+    async def Embed(
+        self, request: worker_pb2.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.EmbedResponse:
+        model = self._ready_model()
+        plan = await plan_embed(request, model.prompts, model.facts, self._read_limits, seconds_left(context))
+        reads = Reads(self._client, plan)
+        results = await self._read(reads)
+        normalize = request.normalize if request.HasField("normalize") else True
+        return embed_response(reads, results, normalize=normalize, revision=model.revision)
+
+    async def _read(self, reads: Reads) -> list[Scored | Embedded]:
+        try:
+            return await reads.run()
+        finally:
+            self._measures.record_reads(reads)
+
     async def CountInputTokens(
         self, request: worker_pb2.CountInputTokensRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.CountInputTokensResponse:
         model = self._ready_model()
         check_input(request.input, "input")
-        tokens = await model.prompts.encode(request.input, control_tokens=False, vocab_size=model.facts.vocab_size)
+        tokens = await model.prompts.encode(
+            request.input, control_tokens=False, vocab_size=model.facts.vocab_size, path="input"
+        )
         given = request.input.WhichOneof("input") == "token_ids"
         return worker_pb2.CountInputTokensResponse(
             prompt_tokens=len(tokens),
@@ -121,4 +152,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             described.quantization = facts.quantization
             described.weight_bytes = facts.weight_bytes
             described.kv_bytes = facts.kv_bytes
+            described.kv_dtype = facts.kv_dtype
+            described.engine = facts.engine
+            described.hidden_size = facts.hidden_size
+            described.kv_policies = facts.kv_budgets
         return described

@@ -29,7 +29,7 @@ def engine_lost(error: EngineLost) -> MeshError:
 def failure_of(reason: Finish) -> MeshError | None:
     """The error that an engine's reason to end a sequence means to a caller; None for a proper end."""
     match reason:
-        case Finish.STOP_TOKEN | Finish.LENGTH:
+        case Finish.STOP_TOKEN | Finish.LENGTH | Finish.DONE:
             return None
         case Finish.DEADLINE:
             return MeshError(Reason.DEADLINE, "the deadline passed")
@@ -85,6 +85,11 @@ class Choice:
     @property
     def done(self) -> bool:
         return self.failure is not None or self.finish != pb.FINISH_REASON_UNSPECIFIED
+
+    @property
+    def drawn(self) -> int:
+        """Tokens that the engine drew: those of the answer that were not made elsewhere."""
+        return max(0, self.made - len(self._plan.generated))
 
     def advance(self, events: list[Event]) -> pb.Chunk | None:
         """One chunk for all that came: a reader that is behind gets fewer and larger ones. None: nothing to tell."""
