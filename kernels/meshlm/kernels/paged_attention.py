@@ -23,6 +23,7 @@ class DecodeGroup:
     """Neighbouring rows of one rounded length. Made once a step, used by every layer.
 
     blocks: (rows * rounded / block_size,) int64, padded with block 0; mask: (kv_heads * rows, 1, rounded), 0 or -inf.
+    Where there is a window, a row's blocks start with the one that holds the first token of its window.
     """
 
     rows: int
@@ -48,27 +49,43 @@ def plan_decode(
     kv_heads: int,
     dtype: torch.dtype,
     device: torch.device,
+    window: int | None = None,
 ) -> tuple[DecodeGroup, ...]:
     """Group sequences with the given block tables and context lengths (tokens, the new one included).
 
     Rows of one rounded length should be neighbours: sort by `rounded_length` first.
+    window: tokens that a row sees, itself included; None is all.
     """
     groups: list[DecodeGroup] = []
-    for rounded, rows in groupby(range(len(lengths)), key=lambda row: rounded_length(lengths[row], block_size)):
+    spans = [_gathered(length, block_size, window) for length in lengths]
+    for rounded, rows in groupby(range(len(lengths)), key=lambda row: rounded_length(spans[row], block_size)):
         alike = list(rows)
         for first in range(0, len(alike), MOST_ROWS):
             members = alike[first : first + MOST_ROWS]
             blocks: list[int] = []
+            ends: list[int] = []
             for row in members:
-                used = tables[row][: -(-lengths[row] // block_size)]
+                skipped = max(0, lengths[row] - window) // block_size if window else 0
+                used = tables[row][skipped : -(-lengths[row] // block_size)]
                 blocks += used
                 blocks += [0] * (rounded // block_size - len(used))
-            ends = torch.tensor([lengths[row] for row in members]).unsqueeze(1)
-            hidden = torch.arange(rounded) >= ends
-            mask = torch.zeros(len(members), rounded, dtype=dtype).masked_fill_(hidden, -torch.inf)
+                ends.append(lengths[row] - skipped * block_size)
+            mask = _mask(torch.tensor(ends).unsqueeze(1), rounded, window, dtype)
             spread = mask.repeat(kv_heads, 1).unsqueeze(1).to(device)
             groups.append(DecodeGroup(len(members), torch.tensor(blocks).to(device), spread))
     return tuple(groups)
+
+
+def _gathered(length: int, block_size: int, window: int | None) -> int:
+    """A bound of the tokens in the blocks that a row reads. It grows with `length`, so that groups stay whole."""
+    return length if window is None else min(length, window + block_size - 1)
+
+
+def _mask(ends: torch.Tensor, rounded: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """ends: (rows, 1), tokens of each row. Returns (rows, rounded): 0 for those that are seen, else -inf."""
+    at = torch.arange(rounded)
+    hidden = at >= ends if window is None else (at >= ends) | (at < ends - window)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def paged_attention(
@@ -101,6 +118,7 @@ def reference_paged_attention(
     tables: list[list[int]],
     lengths: list[int],
     scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """One sequence and one head at a time, in float64."""
     kv_heads, block_size = cache.shape[1], cache.shape[3]
@@ -108,7 +126,8 @@ def reference_paged_attention(
     out = torch.empty_like(query)
     for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
         for head in range(query.shape[1]):
-            slots = [(table[p // block_size], p % block_size) for p in range(length)]
+            first = max(0, length - window) if window else 0
+            slots = [(table[p // block_size], p % block_size) for p in range(first, length)]
             keys = torch.stack([cache[0, head // group, b, o] for b, o in slots]).double()
             values = torch.stack([cache[1, head // group, b, o] for b, o in slots]).double()
             weights = torch.softmax(keys @ query[row, head].double() * scale, 0)

@@ -6,14 +6,14 @@ import torch
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalize each row of `x` and scale it.
+    """Normalize the last dimension of `x` and scale it.
 
-    x: (tokens, width), float32 or bfloat16; weight: (width,). Returns a new tensor like `x`.
-    The mean is taken in float32 whatever the dtype.
+    x: (..., width), float32 or bfloat16; weight: (width,), of any float type. Returns a new tensor like `x`.
+    Computed in float32 whatever the dtype, and rounded once.
     """
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-    return (wide * scale).to(x.dtype).mul_(weight)
+    return (wide * scale).mul_(weight).to(x.dtype)
 
 
 def reference_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -29,6 +29,39 @@ def scale_llama3(
     return frequencies * (kept + (1 - kept) / factor)
 
 
+def scale_yarn(
+    frequencies: torch.Tensor, theta: float, factor: float, low_turns: float, high_turns: float, original_context: int
+) -> torch.Tensor:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): as Llama 3.1's, but blended evenly over the elements of a head.
+
+    Frequencies below `low_turns` turns within `original_context` positions are divided by `factor`, those above
+    `high_turns` are kept; the borders are rounded outwards to whole elements.
+    """
+    size = 2 * len(frequencies)
+
+    def element(turns: float) -> float:
+        return size * math.log(original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = max(math.floor(element(high_turns)), 0), min(math.ceil(element(low_turns)), size - 1)
+    ramp = (torch.arange(len(frequencies)).float() - first) / max(last - first, 0.001)
+    stretched = ramp.clamp(0, 1)
+    return frequencies * (1 - stretched) + frequencies / factor * stretched
+
+
+def rope_turns(
+    frequencies: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype, factor: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines for `rope`, each (tokens, 1, rotated), multiplied by `factor`.
+
+    frequencies: (rotated / 2,) float32; positions: (tokens,) int64. Angles are computed in float64.
+    The sine of the first half is negated, so that `rope` needs a roll and no negation.
+    """
+    angles = positions.double().unsqueeze(1) * frequencies.double()
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    turns = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).unsqueeze(2).to(dtype)
+    return turns[0], turns[1]
+
+
 def rope_table(frequencies: torch.Tensor, positions: int, dtype: torch.dtype) -> torch.Tensor:
     """Cosines and signed sines of every position: (2, positions, 1, head_dim).
 
@@ -42,7 +75,7 @@ def rope_table(frequencies: torch.Tensor, positions: int, dtype: torch.dtype) ->
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Rotate heads by their token's position, in place.
 
-    x: (tokens, heads, head_dim); cos, sin: (tokens, 1, head_dim), rows of `rope_table` at the tokens' positions.
+    x: (tokens, heads, rotated), a view of heads that may be longer; cos, sin: (tokens, 1, rotated), see `rope_turns`.
     """
     torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=x)
 

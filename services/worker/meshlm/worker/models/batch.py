@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,6 +25,7 @@ class Batch:
     """A flat batch: first one row for each output position (shortest context first), then the prefill chunks.
 
     tokens, positions, slots: (tokens,) int64; rows: (samples,) int64, the rows whose logits are wanted.
+    decode: the plan of layers that see everything; windowed: of layers with a window, one for each window of the model.
     """
 
     tokens: torch.Tensor
@@ -32,3 +34,4 @@ class Batch:
     rows: torch.Tensor
     decode: tuple[DecodeGroup, ...]
     prefill: tuple[PrefillSpan, ...]
+    windowed: Mapping[int, tuple[DecodeGroup, ...]] = field(default_factory=dict)

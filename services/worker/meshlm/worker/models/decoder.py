@@ -1,7 +1,7 @@
 """What every architecture here is: a decoder of pre-norm layers, described as data.
 
-An architecture's file reads a checkpoint and fills this in; whoever runs it (`torch_decoder.py`, `native_decoder.py`) reads
-nothing else. `W` is a weight matrix (out, in) as the one who runs it keeps it: a dense tensor, or packed codes.
+An architecture's file reads a checkpoint and fills this in; whoever runs it (`torch_decoder.py`, `native_decoder.py`)
+reads nothing else. `W` is a weight matrix (out, in) as the one who runs it keeps it: a dense tensor, or packed codes.
 
 A layer, with the optional parts in brackets:
 
@@ -13,6 +13,7 @@ Norms are root-mean-square norms whose weights are the factors themselves (Gemma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -23,6 +24,8 @@ from meshlm.worker.models.config import ModelConfig
 W = TypeVar("W")
 W_co = TypeVar("W_co", covariant=True)
 
+Progress = Callable[[int, int], None]  # (layers done, layers in all)
+
 
 class Weights(Protocol[W_co]):
     """A checkpoint as one who runs a model wants it. Names are canonical, see `loading/checkpoint.py`."""
@@ -31,8 +34,8 @@ class Weights(Protocol[W_co]):
         """A weight matrix, perhaps quantized. Raises ModelFileError: missing, or of another shape."""
         ...
 
-    def vector(self, name: str, size: int) -> torch.Tensor:
-        """A norm's weight or a bias: (size,) float32, a copy. Raises ModelFileError."""
+    def vector(self, name: str, *shape: int) -> torch.Tensor:
+        """What is never quantized, a norm's weight, a bias or a router: float32, a copy. Raises ModelFileError."""
         ...
 
     def has(self, name: str) -> bool: ...

@@ -4,7 +4,7 @@ cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -133,9 +133,6 @@ class Model(Protocol):
     weight_bytes: int
 
     def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor: ...
-
-
-Progress = Callable[[int, int], None]  # (layers done, layers in all)
 
 
 def fused(

@@ -5,6 +5,7 @@ gated MLP.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.nn import functional
@@ -12,18 +13,27 @@ from torch.nn import functional
 from meshlm.kernels.rope import rope_table
 from meshlm.kernels.silu_mul import silu_mul
 from meshlm.worker.loading.checkpoint import Checkpoint
+from meshlm.worker.models.assembly import load_decoder_of, load_layer
 from meshlm.worker.models.batch import Batch
+from meshlm.worker.models.config import ModelConfig
+from meshlm.worker.models.decoder import Decoder, Progress, Weights
 from meshlm.worker.models.layers import (
     DenseLinear,
     DenseNormLinear,
     Linear,
     NormLinear,
     Placement,
-    Progress,
     attend,
     frequencies,
     fused,
 )
+
+W = TypeVar("W")
+
+
+def load(config: ModelConfig, weights: Weights[W], progress: Progress) -> Decoder[W]:
+    """Raises ModelFileError."""
+    return load_decoder_of(config, weights, progress, load_layer)
 
 
 @dataclass(frozen=True, slots=True)
