@@ -124,5 +124,5 @@ def _loaded(isa: str, path: Path) -> Library:
 def _why_missing(path: Path) -> str:
     if build.UNBUILT.is_file():
         reason = build.UNBUILT.read_text().strip()
-        return f"the native kernels were not built when MeshLM was installed: {reason}. Once that is mended, run `{BUILD_COMMAND}`"
+        return f"the native kernels were not built when MeshLM was installed: {reason}. Then run `{BUILD_COMMAND}`"
     return f"{path.name} is not there: run `{BUILD_COMMAND}`"

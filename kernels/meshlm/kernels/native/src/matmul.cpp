@@ -1,0 +1,180 @@
+// The tiles of products: T tokens with one block of 16 rows, for every format and every T that the registers hold.
+#include "matmul.h"
+
+#include <array>
+#include <utility>
+
+#include "dot.h"
+#include "export.h"
+#include "pool.h"
+#include "quantize.h"
+
+namespace {
+
+// Up to this many tokens a product waits for memory. The hardware reads ahead within a page only.
+constexpr int kFewTokens = 4;
+constexpr int kAhead = 2560;  // bytes
+
+template <Format F, int T>
+void quantized_tile(const uint8_t* p, int cols, const Activations& x, const int32_t* tokens, V16* out) {
+    const int groups = cols / GROUP;
+    size_t at[T];  // token t's current group in scales and sums
+    V16 total[T];
+    for (int t = 0; t < T; t++) {
+        at[t] = (size_t)tokens[t] * groups;
+        for (int i = 0; i < BLOCK / W; i++) total[t].v[i] = zero();
+    }
+    for (int g = 0; g < groups; g++, p += group_bytes(F)) {
+        if constexpr (T <= kFewTokens)
+            for (size_t line = 0; line < group_bytes(F); line += 64) __builtin_prefetch(p + kAhead + line);
+        const int8_t* codes[T];
+        V16 dot[T];
+        for (int t = 0; t < T; t++) codes[t] = x.codes + (at[t] + g) * GROUP;
+        dots<F, T>(p, codes, dot);
+        const uint16_t* halves = (const uint16_t*)(p + (F == Q8 ? 512 : 256));
+        for (int i = 0; i < BLOCK / W; i++) {
+            const V scale = load_f16(halves + i * W);
+            V minimum;
+            if constexpr (F == Q4M)
+                minimum = load_f16(halves + BLOCK + i * W);
+            else
+                minimum = mul(scale, set1(-OFFSET<F>));
+#pragma GCC unroll 12
+            for (int t = 0; t < T; t++) {
+                V sum = total[t].v[i];
+                sum = fma(mul(dot[t].v[i], set1(x.scales[at[t] + g])), scale, sum);
+                if constexpr (F == Q4M || OFFSET<F> != 0.0f) sum = fma(minimum, set1(x.sums[at[t] + g]), sum);
+                total[t].v[i] = sum;
+            }
+        }
+    }
+    for (int t = 0; t < T; t++) out[t] = total[t];
+}
+
+template <Format F, int T>
+void dense_tile(const uint8_t* p, int cols, const Activations& x, const int32_t* tokens, V16* out) {
+    const float* values[T];
+    V16 total[T];
+    for (int t = 0; t < T; t++) {
+        values[t] = x.values + (size_t)tokens[t] * cols;
+        for (int i = 0; i < BLOCK / W; i++) total[t].v[i] = zero();
+    }
+    constexpr size_t STRIDE = BLOCK * (F == F32 ? 4 : 2);
+    for (int c = 0; c < cols; c++, p += STRIDE) {
+        if constexpr (T <= kFewTokens) __builtin_prefetch(p + kAhead);
+        for (int i = 0; i < BLOCK / W; i++) {
+            V w;
+            if constexpr (F == F32)
+                w = load((const float*)p + i * W);
+            else
+                w = load_bf16((const uint16_t*)p + i * W);
+#pragma GCC unroll 12
+            for (int t = 0; t < T; t++) total[t].v[i] = fma(w, set1(values[t][c]), total[t].v[i]);
+        }
+    }
+    for (int t = 0; t < T; t++) out[t] = total[t];
+}
+
+using Tile = void (*)(const uint8_t* block, int cols, const Activations& x, const int32_t* tokens, V16* out);
+
+template <Format F, int T>
+constexpr Tile tile() {
+    if constexpr (F == F32 || F == BF16)
+        return dense_tile<F, T>;
+    else
+        return quantized_tile<F, T>;
+}
+
+template <Format F, int... T>
+constexpr std::array<Tile, MAX_TILE> widths(std::integer_sequence<int, T...>) {
+    return {tile<F, T + 1>()...};
+}
+
+constexpr auto kWidths = std::make_integer_sequence<int, MAX_TILE>();
+constexpr std::array<std::array<Tile, MAX_TILE>, 5> kTiles = {  // in the order of Format
+    widths<F32>(kWidths), widths<BF16>(kWidths), widths<Q8>(kWidths), widths<Q4>(kWidths), widths<Q4M>(kWidths)};
+
+float half_to_float(const uint8_t* p) {
+    alignas(64) uint16_t halves[W] = {};
+    float wide[W];
+    std::memcpy(halves, p, 2);
+    store(wide, load_f16(halves));
+    return wide[0];
+}
+
+void read_quantized(const Matrix& m, const uint8_t* block, int row, float* out) {
+    const bool bytes = m.format == Q8;
+    const int half = bytes ? GROUP : GROUP / 2;  // columns per byte of a row
+    for (int g = 0; g < m.cols / GROUP; g++, block += group_bytes(m.format), out += GROUP) {
+        const uint8_t* scales = block + BLOCK * half;
+        const float scale = half_to_float(scales + 2 * row);
+        const float offset = m.format == Q4M ? 0.0f : bytes ? 128.0f : 8.0f;
+        const float minimum = m.format == Q4M ? half_to_float(scales + 2 * BLOCK + 2 * row) : 0.0f;
+        for (int c = 0; c < half; c++) {
+            const int code = block[(c / 4 * BLOCK + row) * 4 + c % 4];
+            if (bytes) {
+                out[c] = scale * ((float)code - offset);
+            } else {
+                out[c] = scale * ((float)(code & 15) - offset) + minimum;
+                out[half + c] = scale * ((float)(code >> 4) - offset) + minimum;
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void multiply_tile(const Matrix& m, int block, const Activations& x, const int32_t* tokens, int count, V16* out) {
+    kTiles[m.format][count - 1](m.data + block * block_bytes(m), m.cols, x, tokens, out);
+}
+
+void read_row(const Matrix& m, int row, float* out) {
+    const uint8_t* block = m.data + row / BLOCK * block_bytes(m);
+    row %= BLOCK;
+    if (quantized(m.format)) return read_quantized(m, block, row, out);
+    for (int c = 0; c < m.cols; c++) {
+        if (m.format == F32)
+            out[c] = ((const float*)block)[c * BLOCK + row];
+        else
+            out[c] = bf16_to_float(((const uint16_t*)block)[c * BLOCK + row]);
+    }
+}
+
+// x: [rows][cols] of values; codes, scales and sums as in Activations.
+EXPORT void native_quantize(const float* x, int rows, int cols, int8_t* codes, float* scales, float* sums) {
+    for (int t = 0; t < rows; t++) {
+        const size_t groups = cols / GROUP;
+        quantize_row(x + (size_t)t * cols, cols, codes + (size_t)t * cols, scales + t * groups, sums + t * groups);
+    }
+}
+
+// out: [count][m.rows], the products with tokens index[i], or with tokens 0..count - 1 where index is null.
+EXPORT void native_multiply(Pool* pool, const Matrix* m, const Activations* x, const int32_t* index, int count, float* out) {
+    struct Work {
+        const Matrix& m;
+        const Activations& x;
+        const int32_t* index;
+        int count;
+        float* out;
+
+        void block(int b) const {
+            const int width = m.rows - b * BLOCK < BLOCK ? m.rows - b * BLOCK : BLOCK;
+            multiply_block(m, b, x, index, count, [&](int i, V16 v) {
+                float all[BLOCK];
+                for (int j = 0; j < BLOCK / W; j++) store(all + j * W, v.v[j]);
+                std::memcpy(out + (size_t)i * m.rows + b * BLOCK, all, width * sizeof(float));
+            });
+        }
+    } work{*m, *x, index, count, out};
+    pool->run(
+        [](void* argument, Member& member) {
+            const Work& work = *(const Work*)argument;
+            const int units = blocks(work.m), grain = units / (8 * member.size());
+            member.share(units, grain > 1 ? grain : 1, [&](int begin, int end) {
+                for (int b = begin; b < end; b++) work.block(b);
+            });
+        },
+        &work);
+}
+
+EXPORT void native_read_row(const Matrix* m, int row, float* out) { read_row(*m, row, out); }

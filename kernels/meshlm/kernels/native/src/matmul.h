@@ -1,0 +1,40 @@
+// Products of activations with packed matrices, a block of 16 output rows at a time.
+//
+// Batch invariance: a token's result is summed over groups (or columns) in ascending order, whatever other tokens are
+// multiplied with it. Within a group sums are integers, hence exact.
+#pragma once
+#include "matrix.h"
+#include "simd.h"
+
+// Tokens that one pass over a block's weights serves: as many as the registers hold sums for.
+#if defined(__AVX512F__)
+constexpr int MAX_TILE = 12;
+#else
+constexpr int MAX_TILE = 4;
+#endif
+
+// out[i] = rows [16 * block, 16 * block + 16) of the product with token tokens[i]; 1 <= count <= MAX_TILE.
+void multiply_tile(const Matrix& m, int block, const Activations& x, const int32_t* tokens, int count, V16* out);
+
+// One row of the matrix as floats: out[cols].
+void read_row(const Matrix& m, int row, float* out);
+
+// Calls sink(i, v) for i in [0, count), v being block `block` of the product with token index[i] (or token i without an
+// index). Sinks may not write what `x` holds.
+template <class Sink>
+void multiply_block(const Matrix& m, int block, const Activations& x, const int32_t* index, int count, Sink sink) {
+    V16 out[MAX_TILE];
+    int32_t tokens[MAX_TILE];
+    for (int first = 0, width; first < count; first += width) {
+        const int left = count - first, passes = (left + MAX_TILE - 1) / MAX_TILE;
+        width = (left + passes - 1) / passes;  // 13 tokens are 7 and 6, not 12 and 1
+        for (int i = 0; i < width; i++) tokens[i] = index ? index[first + i] : first + i;
+        multiply_tile(m, block, x, tokens, width, out);
+        for (int i = 0; i < width; i++) sink(first + i, out[i]);
+    }
+}
+
+template <class Sink>
+void multiply_block(const Matrix& m, int block, const Activations& x, int rows, Sink sink) {
+    multiply_block(m, block, x, nullptr, rows, sink);
+}
