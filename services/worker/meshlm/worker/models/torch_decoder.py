@@ -67,18 +67,17 @@ class TorchDecoder:
 
         cache: (layers, 2, kv_heads, blocks, block_size, head_dim).
         """
-        return self.logits(self._run(batch, cache).index_select(0, batch.rows))
+        return self.logits(self.residual(batch, cache).index_select(0, batch.rows))
 
-    def hidden(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
-        """As `forward`, but returns what the head would read, of all rows: (tokens, width) of the model's dtype."""
-        return rms_norm(self._run(batch, cache), self._decoder.norm, self.config.norm_eps)
+    def normed(self, residual: torch.Tensor) -> torch.Tensor:
+        """The final hidden states, which the head reads: (rows, width)."""
+        return rms_norm(residual, self._decoder.norm, self.config.norm_eps)
 
     def logits(self, residual: torch.Tensor) -> torch.Tensor:
         """residual: (rows, width), not yet normalized. Returns (rows, vocab_size) float32."""
-        normed = rms_norm(residual, self._decoder.norm, self.config.norm_eps)
-        return linear(normed, self._decoder.head).float()
+        return linear(self.normed(residual), self._decoder.head).float()
 
-    def _run(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
+    def residual(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
         """The residual stream behind the last layer: (tokens, width)."""
         decoder = self._decoder
         residual = functional.embedding(batch.tokens, decoder.embedding)
@@ -175,6 +174,6 @@ def _fuse(*parts: Projection[torch.Tensor]) -> Projection[torch.Tensor]:
     if len(parts) > 1:
         weight = torch.cat([part.weight for part in parts])
         for part, rows in zip(parts, torch.split(weight, [len(part.weight) for part in parts]), strict=True):
-            part.weight.set_(rows)
+            part.weight.data = rows
     biases = [part.bias for part in parts if part.bias is not None]
     return Projection(weight, torch.cat(biases).to(weight.dtype) if biases else None)
