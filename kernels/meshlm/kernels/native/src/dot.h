@@ -1,6 +1,6 @@
 // The products of a group's codes: 32 columns of 16 rows with 32 columns of T tokens, as 16 int32 sums a token.
 //
-// One section an instruction set. `dots(p, F, x)` reads the codes at `p` once and keeps them in registers for all tokens.
+// One section an instruction set. The codes at `p` (32-byte aligned) are read once for all tokens.
 #pragma once
 #include "matrix.h"
 #include "simd.h"
@@ -20,11 +20,11 @@ template <Format F, int T>
 static inline __attribute__((always_inline)) void dots(const uint8_t* p, const int8_t* const (&x)[T], Sums (&out)[T]) {
     __m512i w[8];
     if constexpr (F == Q8) {
-        for (int j = 0; j < 8; j++) w[j] = _mm512_load_si512(p + 64 * j);
+        for (int j = 0; j < 8; j++) w[j] = _mm512_loadu_si512(p + 64 * j);
     } else {
         const __m512i low = _mm512_set1_epi8(15);
         for (int j = 0; j < 4; j++) {
-            __m512i both = _mm512_load_si512(p + 64 * j);
+            __m512i both = _mm512_loadu_si512(p + 64 * j);
             w[j] = _mm512_and_si512(both, low);
             w[4 + j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
         }
