@@ -1,4 +1,4 @@
-"""Tiny random Llamas, written by transformers, and a way to ask a runner for logits."""
+"""Tiny random models, written by transformers."""
 
 from __future__ import annotations
 
@@ -27,16 +27,23 @@ TINY: dict[str, Any] = {
 }
 
 
+def random_model(config: Any) -> Any:
+    """A transformers model of that config, with weights far enough from each other and from what they start as."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    middle = 0.0 if config.model_type == "gemma3_text" else 1.0  # Gemma's norms multiply by 1 + w
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # norms and biases start as ones and zeros: too easy
+            parameter.normal_(middle if "norm" in name else 0.0, 0.3 if parameter.dim() == 1 else 0.15)
+    return model
+
+
 @pytest.fixture
 def tiny_llama(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
     """Makes a folder and transformers' model of it; `save` goes to save_pretrained, the rest changes the config."""
 
     def make(save: dict[str, Any] | None = None, **changes: Any) -> tuple[Path, Any]:
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(TINY | changes))).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():  # norms and biases start as ones and zeros: too easy
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.3 if parameter.dim() == 1 else 0.15)
+        model = random_model(transformers.LlamaConfig(**(TINY | changes)))
         folder = tmp_path / "model"
         model.save_pretrained(folder, **(save or {}))
         return folder, model

@@ -1,19 +1,21 @@
-"""A Llama-family model from a GGUF file, under Hugging Face names."""
+"""A model from a GGUF file, under canonical names."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Set
 from pathlib import Path
 
 import torch
 
+from meshlm.kernels.quantize import GroupQuantized
 from meshlm.worker.loading.checkpoint import Checkpoint
-from meshlm.worker.loading.errors import ModelFileError
+from meshlm.worker.loading.gguf_blocks import group_quantized
+from meshlm.worker.loading.gguf_config import read_config
 from meshlm.worker.loading.gguf_file import GgufFile
-from meshlm.worker.models.config import ModelConfig, RopeScaling
-
-ARCHITECTURES = frozenset({"llama"})
+from meshlm.worker.loading.sources import Source, Sources, cut_gate_up, cut_qkv, expert_name, unstack
+from meshlm.worker.models.config import ModelConfig
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -22,92 +24,108 @@ _LAYER = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "block_sparse_moe.gate",
 }
+_GEMMA3 = {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_EXPERT = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}  # and with "_exps" where they are stacked
 
 
 def open_gguf(path: Path) -> Checkpoint:
     """Raises ModelFileError: unreadable file, unknown architecture, or metadata missing."""
     file = GgufFile(path)
     config = read_config(file)
-    sources = {hf: name for name in file.tensors if (hf := hugging_face_name(name)) is not None}
+    reader = _Reader(file, config, canonical_sources(file.tensors.keys(), config))
+    return Checkpoint(path, config, reader.sources.keys(), reader.read, reader.read_quantized)
 
-    def read(name: str) -> torch.Tensor:
+
+def canonical_sources(stored: Set[str], config: ModelConfig) -> Sources:
+    """Where to find what models hold. Other tensors of the file, such as `rope_freqs`, are left out."""
+    found: dict[str, Source] = {}
+    for name in stored:
+        found |= _sources_in(name, config)
+    return found
+
+
+def _sources_in(stored: str, config: ModelConfig) -> dict[str, Source]:
+    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`; a fused or stacked tensor is several."""
+    layer = re.fullmatch(r"blk\.(\d+)\.(\w+?)(?:\.(\d+))?\.(weight|bias)", stored)
+    if layer is None:
+        part, _, kind = stored.partition(".")
+        return {f"{_TOP[part]}.{kind}": Source(stored)} if part in _TOP and kind else {}
+    index, part, expert, kind = layer.groups()
+    prefix = f"model.layers.{index}"
+    if expert is not None:  # as llama.cpp stored Mixtral's experts at first
+        return {expert_name(prefix, int(expert), _EXPERT[part]): Source(stored)} if part in _EXPERT else {}
+    if part.removesuffix("_exps") in _EXPERT and part.endswith("_exps"):
+        return unstack(stored, prefix, _EXPERT[part.removesuffix("_exps")], config)
+    if part == "attn_qkv":
+        return cut_qkv(stored, prefix, kind, config)
+    if part == "ffn_up" and config.architecture == "phi3":
+        return cut_gate_up(stored, prefix, kind, config)
+    names = _LAYER | (_GEMMA3 if config.architecture == "gemma3" else {})
+    return {f"{prefix}.{names[part]}.{kind}": Source(stored)} if part in names else {}
+
+
+class _Reader:
+    def __init__(self, file: GgufFile, config: ModelConfig, sources: Sources) -> None:
+        self._file = file
+        self._config = config
+        # Files of the architecture "llama" store q and k for interleaved rotary pairs, the others for split halves.
+        self._permuted = file.metadata["general.architecture"] == "llama"
+        self.sources = sources
+
+    def read(self, name: str) -> torch.Tensor:
+        source = self.sources[name]
+        shape = self._file.info(source.stored).shape
         with warnings.catch_warnings():  # the array may be a read-only view of the file; it is copied before any write
             warnings.filterwarnings("ignore", message=".*not writable.*")
-            tensor = torch.from_numpy(file.read(sources[name]))
-        if ".q_proj." in name:
-            return unpermute(tensor, config.heads)
-        if ".k_proj." in name:
-            return unpermute(tensor, config.kv_heads)
-        return tensor
+            if len(shape) == 1:
+                tensor = torch.from_numpy(self._file.read(source.stored))
+                tensor = tensor if source.rows is None else tensor[slice(*source.rows)]
+            else:
+                tensor = torch.from_numpy(self._file.read_rows(source.stored, *_flat_rows(source, shape)))
+        heads = self._permuted_heads(name)
+        return tensor if heads is None else unpermute(tensor, heads)
 
-    return Checkpoint(path, config, sources.keys(), read)
+    def read_quantized(self, name: str) -> GroupQuantized | None:
+        source = self.sources[name]
+        shape = self._file.info(source.stored).shape
+        raw, kind = self._file.raw_rows(source.stored, *_flat_rows(source, shape))
+        found = group_quantized(raw, kind) if len(shape) > 1 else None
+        heads = self._permuted_heads(name)
+        if found is None or heads is None:
+            return found
+        minimums = None if found.minimums is None else unpermute(found.minimums, heads)
+        return GroupQuantized(found.bits, unpermute(found.codes, heads), unpermute(found.scales, heads), minimums)
+
+    def _permuted_heads(self, name: str) -> int | None:
+        if self._permuted and ".q_proj." in name:
+            return self._config.heads
+        return self._config.kv_heads if self._permuted and ".k_proj." in name else None
 
 
-def hugging_face_name(name: str) -> str | None:
-    """`blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`; None for tensors that models do not hold."""
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-        layer, part, kind = match.groups()
-        return f"model.layers.{layer}.{_LAYER[part]}.{kind}" if part in _LAYER else None
-    part, _, kind = name.partition(".")
-    return f"{_TOP[part]}.{kind}" if part in _TOP and kind else None
+def _flat_rows(source: Source, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The source's rows, counted through a stack of matrices."""
+    each = shape[-2] if len(shape) > 1 else 1
+    start, stop = source.rows or (0, each)
+    skipped = (source.member or 0) * each
+    return skipped + start, skipped + stop
 
 
 def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's row order: it stores q and k for interleaved rotary pairs, Hugging Face for split halves.
+    """Undo llama.cpp's row order for interleaved rotary pairs.
 
-    weight: (heads * head_dim, ...), a weight or a bias.
+    weight: (heads * head_dim, ...), a weight, its codes or scales, or a bias.
     """
     half = weight.shape[0] // heads // 2
     return weight.view(heads, half, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-
-
-def read_config(file: GgufFile) -> ModelConfig:
-    architecture = str(file.require("general.architecture"))
-    if architecture not in ARCHITECTURES:
-        raise ModelFileError(file.path, f"the architecture {architecture!r} is unknown; known: {sorted(ARCHITECTURES)}")
-    meta = file.metadata
-
-    def need(key: str) -> int:
-        return int(file.require(f"{architecture}.{key}"))
-
-    heads, hidden = need("attention.head_count"), need("embedding_length")
-    head_dim = int(meta.get(f"{architecture}.attention.key_length", hidden // heads))
-    rotated = int(meta.get(f"{architecture}.rope.dimension_count", head_dim))
-    if rotated != head_dim:
-        raise ModelFileError(file.path, f"rotary embedding of {rotated} of a head's {head_dim} elements is unknown")
-    if "token_embd.weight" not in file.tensors:
-        raise ModelFileError(file.path, "the tensor token_embd.weight is missing")
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=file.tensors["token_embd.weight"].shape[0],
-        hidden_size=hidden,
-        intermediate_size=need("feed_forward_length"),
-        layers=need("block_count"),
-        heads=heads,
-        kv_heads=int(meta.get(f"{architecture}.attention.head_count_kv", heads)),
-        head_dim=head_dim,
-        norm_eps=float(file.require(f"{architecture}.attention.layer_norm_rms_epsilon")),
-        rope_theta=float(meta.get(f"{architecture}.rope.freq_base", 10000.0)),
-        max_context=need("context_length"),
-        tied_head="output.weight" not in file.tensors,
-        rope_scaling=_rope_scaling(file, architecture),
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        output_bias="blk.0.attn_output.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_down.bias" in file.tensors,
-    )
-
-
-def _rope_scaling(file: GgufFile, architecture: str) -> RopeScaling | None:
-    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if "rope_freqs.weight" in file.tensors:
-        return RopeScaling("divisors", divisors=tuple(file.read("rope_freqs.weight").tolist()))
-    if kind == "none":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", float(file.require(f"{architecture}.rope.scaling.factor")))
-    raise ModelFileError(file.path, f"the rope scaling {kind!r} is unknown")

@@ -70,6 +70,8 @@ class _Cursor:
             return self.string()
         if kind == _ARRAY:
             inner, count = self.scalar("I"), self.scalar("Q")
+            if inner == _ARRAY:  # none of GGUF's keys has one, and a damaged file could nest them without end
+                raise ModelFileError(self.path, f"damaged: an array of arrays at byte {self.at}")
             if inner in _SCALARS:
                 code = _SCALARS[inner]
                 return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code))))
@@ -104,22 +106,33 @@ class GgufFile:
             self.metadata[key] = cursor.value(cursor.scalar("I"))
         infos = [self._tensor_info(cursor) for _ in range(tensors)]
         self.tensors = {info.name: info for info in infos}
-        alignment = int(self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT))
+        alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise ModelFileError(path, f"damaged: general.alignment is {alignment!r:.40}, not a power of two")
         self._start = -(-cursor.at // alignment) * alignment
         for info in infos:
             if info.type_id in _known_types():
-                end = self._start + info.offset + self._nbytes(info)
-                if end > len(self._data):
-                    raise ModelFileError(
-                        path, f"truncated: {info.name} ends at byte {end}, the file has {len(self._data)}"
-                    )
+                self._check_place(info, alignment)
+
+    def _check_place(self, info: TensorInfo, alignment: int) -> None:
+        per_block = GGML_QUANT_SIZES[GGMLQuantizationType(info.type_id)][0]
+        if info.offset % alignment or info.shape[-1] % per_block:
+            where = f"of shape {info.shape} at offset {info.offset}"
+            raise ModelFileError(self.path, f"damaged: {info.name} {where} breaks the rules of its type")
+        end = self._start + info.offset + self._nbytes(info)
+        if end > len(self._data):
+            raise ModelFileError(
+                self.path, f"truncated: {info.name} ends at byte {end}, the file has {len(self._data)}"
+            )
 
     @staticmethod
     def _tensor_info(cursor: _Cursor) -> TensorInfo:
         name, dimensions = cursor.string(), cursor.scalar("I")
-        if dimensions > _MAX_DIMENSIONS:
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise ModelFileError(cursor.path, f"damaged: {name} has {dimensions} dimensions")
         shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
+        if 0 in shape:
+            raise ModelFileError(cursor.path, f"damaged: {name} has the shape {shape}")
         return TensorInfo(name, shape, cursor.scalar("I"), cursor.scalar("Q"))
 
     @staticmethod
@@ -138,27 +151,47 @@ class GgufFile:
 
         Raises ModelFileError: no such tensor, or of a type that cannot be read.
         """
-        info = self.tensors.get(name)
-        if info is None:
-            raise ModelFileError(self.path, f"the tensor {name} is missing")
+        info = self.info(name)
+        return self.read_rows(name, 0, math.prod(info.shape[:-1])).reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Some rows of a tensor, all dimensions but the last taken as one: (stop - start, cols). Else as `read`."""
+        raw, kind = self.raw_rows(name, start, stop)
+        if kind == GGMLQuantizationType.F32:
+            return raw.view(np.float32)
+        if kind == GGMLQuantizationType.F16:
+            return raw.view(np.float16).astype(np.float32)
+        return _dequantize(raw, kind)
+
+    def raw_rows(self, name: str, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], GGMLQuantizationType]:
+        """As `read_rows`, but the bytes as stored, (stop - start, bytes a row), a read-only view; and their type.
+
+        Raises ModelFileError: no such tensor or rows, or of a type that cannot be read.
+        """
+        info = self.info(name)
         if info.type_id not in READABLE:
             known = GGMLQuantizationType(info.type_id).name if info.type_id in _known_types() else str(info.type_id)
             raise ModelFileError(self.path, f"{name} has the type {known}, which cannot be read")
-        kind = GGMLQuantizationType(info.type_id)
-        raw = np.frombuffer(self._data, np.uint8, self._nbytes(info), self._start + info.offset)
-        if kind == GGMLQuantizationType.F32:
-            return raw.view(np.float32).reshape(info.shape)
-        if kind == GGMLQuantizationType.F16:
-            return raw.view(np.float16).astype(np.float32).reshape(info.shape)
-        return _dequantize(raw, kind, info.shape)
+        rows = math.prod(info.shape[:-1])
+        if not 0 <= start <= stop <= rows:
+            raise ModelFileError(self.path, f"{name} has {rows} rows; those from {start} to {stop} are wanted")
+        row_bytes = self._nbytes(info) // rows
+        at = self._start + info.offset + start * row_bytes
+        raw = np.frombuffer(self._data, np.uint8, (stop - start) * row_bytes, at)
+        return raw.reshape(stop - start, row_bytes), GGMLQuantizationType(info.type_id)
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises ModelFileError: no such tensor."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise ModelFileError(self.path, f"the tensor {name} is missing")
+        return info
 
 
 def _known_types() -> frozenset[int]:
     return frozenset(kind.value for kind in GGMLQuantizationType)
 
 
-def _dequantize(
-    raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType, shape: tuple[int, ...]
-) -> npt.NDArray[np.float32]:
+def _dequantize(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> npt.NDArray[np.float32]:
     convert: Callable[..., npt.NDArray[np.float32]] = dequantize  # untyped in its package
-    return convert(raw.reshape(*shape[:-1], -1), kind).astype(np.float32, copy=False).reshape(shape)
+    return convert(raw, kind).astype(np.float32, copy=False)

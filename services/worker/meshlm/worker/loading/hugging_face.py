@@ -2,40 +2,91 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Set
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from meshlm.worker.loading.checkpoint import Checkpoint
 from meshlm.worker.loading.errors import ModelFileError
+from meshlm.worker.loading.hugging_face_config import read_config
 from meshlm.worker.loading.json_file import read_json
-from meshlm.worker.models.config import ModelConfig, RopeScaling
+from meshlm.worker.loading.sources import Source, Sources, cut, cut_gate_up, cut_qkv, expert_name, unstack
+from meshlm.worker.models.config import ModelConfig
 
-ARCHITECTURES = frozenset({"llama"})
-
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _READABLE = frozenset({torch.float32, torch.float16, torch.bfloat16})
+# Gemma 3 with eyes keeps its language model one level down.
+_NESTED = re.compile(r"^(?:language_model\.model|model\.language_model)\.(?=embed_tokens|layers|norm)")
 
 
 def open_folder(folder: Path) -> Checkpoint:
     """Raises ModelFileError: a file missing or damaged, or an unknown architecture."""
     config = read_config(folder)
     owner = _tensor_files(folder)
+    sources = canonical_sources(owner.keys(), config)
 
     def read(name: str) -> torch.Tensor:
-        path = folder / owner[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelFileError(path, f"{name} cannot be read: {error}") from None
+        source = sources[name]
+        path = folder / owner[source.stored]
+        tensor = _read_part(path, source)
         if tensor.dtype not in _READABLE:
             raise ModelFileError(path, f"{name} has the type {tensor.dtype}, which cannot be read")
+        if config.architecture == "gemma3" and name.endswith("norm.weight"):
+            return tensor.float() + 1
         return tensor.float() if tensor.dtype == torch.float16 else tensor
 
-    return Checkpoint(folder, config, owner.keys(), read)
+    return Checkpoint(folder, config, sources.keys(), read)
+
+
+def canonical_sources(stored: Set[str], config: ModelConfig) -> Sources:
+    found: dict[str, Source] = {}
+    for name in stored:
+        found |= _sources_in(name, config)
+    return found
+
+
+def _sources_in(stored: str, config: ModelConfig) -> dict[str, Source]:
+    name = _NESTED.sub("model.", stored).removeprefix("language_model.")
+    layer = re.fullmatch(r"(model\.layers\.\d+)\.(.+?)(?:\.(weight|bias))?", name)
+    if layer is None:
+        return {name: Source(stored)}
+    prefix, part, kind = layer.groups()
+    if part == "self_attn.qkv_proj":
+        return cut_qkv(stored, prefix, kind, config)
+    if part == "mlp.gate_up_proj":
+        return cut_gate_up(stored, prefix, kind, config)
+    if part == "mlp.experts.gate_up_proj":  # the experts' stack, as transformers 5 holds it
+        return _cut_stack(stored, prefix, config)
+    if part == "mlp.experts.down_proj":
+        return unstack(stored, prefix, "w2", config)
+    if part == "mlp.gate" and config.experts:
+        return {f"{prefix}.block_sparse_moe.gate.weight": Source(stored)}
+    return {name: Source(stored)}
+
+
+def _cut_stack(stored: str, prefix: str, config: ModelConfig) -> dict[str, Source]:
+    found: dict[str, Source] = {}
+    for member in range(config.experts):
+        names = [(expert_name(prefix, member, part), config.intermediate_size) for part in ("w1", "w3")]
+        found |= cut(stored, names, member)
+    return found
+
+
+def _read_part(path: Path, source: Source) -> torch.Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            if source.member is None and source.rows is None:
+                whole: torch.Tensor = file.get_tensor(source.stored)
+                return whole
+            view = file.get_slice(source.stored)
+            rows = slice(None) if source.rows is None else slice(*source.rows)
+            part: torch.Tensor = view[rows] if source.member is None else view[source.member, rows]
+            return part
+    except (SafetensorError, OSError, IndexError) as error:
+        raise ModelFileError(path, f"{source.stored} cannot be read: {error}") from None
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:
@@ -60,59 +111,3 @@ def _tensor_names(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise ModelFileError(path, f"damaged or truncated: {error}") from None
-
-
-def read_config(folder: Path) -> ModelConfig:
-    path = folder / CONFIG
-    raw = read_json(path)
-    architecture = raw.get("model_type")
-    if architecture not in ARCHITECTURES:
-        raise ModelFileError(path, f"the architecture {architecture!r} is unknown; known: {sorted(ARCHITECTURES)}")
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ModelFileError(path, f"the activation {activation!r} is unknown; known: silu")
-    try:
-        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-        theta, scaling = _rope(path, raw)
-        return ModelConfig(
-            architecture=architecture,
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=hidden,
-            intermediate_size=int(raw["intermediate_size"]),
-            layers=int(raw["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // heads),
-            norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=theta,
-            max_context=int(raw["max_position_embeddings"]),
-            tied_head=bool(raw.get("tie_word_embeddings", False)),
-            rope_scaling=scaling,
-            attention_bias=bool(raw.get("attention_bias", False)),
-            output_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-        )
-    except KeyError as error:
-        raise ModelFileError(path, f"the field {error.args[0]} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise ModelFileError(path, f"a field has a wrong value: {error}") from None
-
-
-def _rope(path: Path, raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    raise ModelFileError(path, f"the rope scaling {kind!r} is unknown; known: default, linear, llama3")
