@@ -29,7 +29,7 @@ static inline __attribute__((always_inline)) void dots(const uint8_t* p, const i
             w[4 + j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
         }
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
         __m512i sum = _mm512_setzero_si512();
 #pragma GCC unroll 8

@@ -6,9 +6,9 @@
 #include "matrix.h"
 #include "simd.h"
 
-// Tokens that one pass over a block's weights serves: as many as the registers hold sums for.
+// Tokens that one pass over a block's weights serves: as many as the registers hold sums for beside the weights.
 #if defined(__AVX512F__)
-constexpr int MAX_TILE = 12;
+constexpr int MAX_TILE = 8;
 #else
 constexpr int MAX_TILE = 4;
 #endif
@@ -27,7 +27,7 @@ void multiply_block(const Matrix& m, int block, const Activations& x, const int3
     int32_t tokens[MAX_TILE];
     for (int first = 0, width; first < count; first += width) {
         const int left = count - first, passes = (left + MAX_TILE - 1) / MAX_TILE;
-        width = (left + passes - 1) / passes;  // 13 tokens are 7 and 6, not 12 and 1
+        width = (left + passes - 1) / passes;  // 9 tokens are 5 and 4, not 8 and 1
         for (int i = 0; i < width; i++) tokens[i] = index ? index[first + i] : first + i;
         multiply_tile(m, block, x, tokens, width, out);
         for (int i = 0; i < width; i++) sink(first + i, out[i]);
