@@ -22,9 +22,13 @@ def filled(pool: BlockPool, tokens: list[int], salt: bytes = b"") -> list[int]:
     hashes = chain(tokens, salt)
     acquired = pool.acquire(hashes, len(hashes))
     assert acquired is not None
-    for block, prefix_hash in zip(acquired[0], hashes, strict=True):
-        pool.publish(block, prefix_hash)
+    publish(pool, acquired[0], hashes)
     return acquired[0]
+
+
+def publish(pool: BlockPool, table: list[int], hashes: list[bytes]) -> None:
+    for block, prefix_hash, parent in zip(table, hashes, [None, *table[:-1]], strict=True):
+        pool.publish(block, prefix_hash, parent)
 
 
 def test_hashes_are_the_bytes_that_routers_are_told() -> None:
@@ -78,12 +82,48 @@ def test_second_copy_of_a_prefix_does_not_hide_the_first() -> None:
     [prefix_hash] = chain([1, 2, 3, 4])
     table = pool.acquire([], 2)
     assert table is not None
-    pool.publish(table[0][0], prefix_hash)
-    pool.publish(table[0][1], prefix_hash)
+    pool.publish(table[0][0], prefix_hash, None)
+    pool.publish(table[0][1], prefix_hash, None)
     pool.release(table[0])
     assert pool.cached == 1
     again = pool.acquire([prefix_hash], 1)
     assert again == ([table[0][0]], 1)
+
+
+def test_what_is_computed_behind_a_second_copy_does_not_outlive_the_way_to_it() -> None:
+    pool = BlockPool(6)
+    first = pool.acquire([], 1)
+    second = pool.acquire([], 2)
+    assert first is not None
+    assert second is not None
+    hashes = chain([1] * 8)
+    publish(pool, first[0], hashes[:1])
+    publish(pool, second[0], hashes)  # computed at the same time: a copy, and a block behind it
+    assert pool.known(hashes) == 1
+    pool.release(second[0])
+    pool.release(first[0])
+    assert pool.acquire([], 6) is not None
+    assert pool.cached == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from(["acquire", "copy", "release", "blank"]), st.integers(0, 30)), max_size=80))
+def test_a_cached_block_is_never_given_away_before_one_behind_it(steps: list[tuple[str, int]]) -> None:
+    pool = BlockPool(10)
+    chains = [chain(tokens) for tokens in ([1] * 20, [1] * 8 + [2] * 12, [1] * 8 + [2] * 4 + [3] * 4, [4] * 16)]
+    tables: list[list[int]] = []
+    for kind, number in steps:
+        hashes = chains[number % 4][: 1 + number // 4 % 5]
+        if kind == "release":
+            if tables:
+                pool.release(tables.pop(number % len(tables)))
+            continue
+        acquired = pool.acquire(hashes if kind == "acquire" else [], len(hashes))
+        if acquired is not None:
+            tables.append(acquired[0])
+            if kind != "blank":
+                publish(pool, acquired[0], hashes)
+        reachable = {prefix_hash for hashes in chains for prefix_hash in hashes[: pool.known(hashes)]}
+        assert pool.cached == len(reachable)
 
 
 def test_freeing_twice_is_noticed() -> None:
@@ -106,8 +146,7 @@ def test_blocks_are_held_exactly_by_the_tables_that_name_them(steps: list[tuple[
             tokens = [kind] * 4 * length
             acquired = pool.acquire(chain(tokens, salt), length)
             if acquired is not None:
-                for block, prefix_hash in zip(acquired[0], chain(tokens, salt), strict=True):
-                    pool.publish(block, prefix_hash)
+                publish(pool, acquired[0], chain(tokens, salt))
                 tables.append((acquired[0], tokens, salt))
         held = [block for table, _, _ in tables for block in table]
         assert [pool.holders(block) for block in range(8)] == [held.count(block) for block in range(8)]
@@ -129,6 +168,17 @@ def test_digest_never_misses_a_member(hashes: list[bytes], data: st.DataObject) 
     assert all(contains(bytes(digest), prefix_hash) for prefix_hash in hashes if prefix_hash not in gone)
     if gone == set(hashes):
         assert not any(bytes(digest)[1:])
+
+
+def test_digest_is_made_anew_only_when_something_changed() -> None:
+    pool = BlockPool(4)
+    empty = pool.digest
+    table = filled(pool, [1] * 4)
+    full = pool.digest
+    pool.release(table)
+    assert pool.digest is full != empty
+    assert pool.acquire([], 4) is not None
+    assert pool.digest == empty
 
 
 def test_digest_rarely_claims_what_it_does_not_hold() -> None:

@@ -1,110 +1,13 @@
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meshlm.worker.engine.engine import Engine
-from meshlm.worker.engine.scheduler import Scheduler, SchedulerSettings
-from meshlm.worker.engine.sequence import Chunk, Sampled, Sequence, Status, StepOutOfMemory
-from meshlm.worker.fake import END, FakeRunner, FakeSettings, expected_tokens
-from meshlm.worker.messages import Finish, Finished, Limits, Sampling, Submit
-
-GREEDY = Sampling(temperature=0)
-SMALL = SchedulerSettings(max_running=4, max_waiting=8, chunk_tokens=8, step_tokens=20)
-
-
-def submit(name: str, prompt: list[int], max_tokens: int = 4, **fields: object) -> Submit:
-    limits = {key: fields.pop(key) for key in ("deadline", "stop_token_ids", "min_tokens") if key in fields}
-    fields.setdefault("sampling", GREEDY)
-    return Submit(id=name, prompt=prompt, limits=Limits(max_tokens=max_tokens, **limits), **fields)  # type: ignore[arg-type]
-
-
-@dataclass
-class CheckedRunner(FakeRunner):
-    """A fake runner that sees to it that what it is asked to do is lawful."""
-
-    fake: FakeSettings
-    fail_at: set[int] = field(default_factory=set)
-    calls: int = 0
-    batches: list[list[tuple[str, int, int]]] = field(default_factory=list)
-    forgotten: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__init__(self.fake)
-
-    def run(self, chunks: list[Chunk]) -> list[Sampled | None]:
-        self.calls += 1
-        if self.calls in self.fail_at:
-            raise StepOutOfMemory
-        self.batches.append([(chunk.sequence.id, chunk.start, chunk.count) for chunk in chunks])
-        written: set[int] = set()
-        for chunk in chunks:
-            sequence, size = chunk.sequence, self.facts.block_size
-            assert sequence.status is Status.RUNNING
-            assert chunk.start == sequence.computed
-            assert chunk.count > 0
-            assert chunk.sample == (chunk.start + chunk.count == len(sequence.tokens))
-            own = set(sequence.blocks[chunk.start // size : (chunk.start + chunk.count - 1) // size + 1])
-            assert not own & written, "two writers"
-            written |= own
-        readers: dict[int, set[tuple[bytes, tuple[int, ...]]]] = defaultdict(set)
-        for chunk in chunks:
-            sequence, size = chunk.sequence, self.facts.block_size
-            for i, block in enumerate(sequence.blocks):
-                readers[block].add((sequence.request.cache_salt, tuple(sequence.tokens[: (i + 1) * size])))
-        assert all(len(prefixes) == 1 for prefixes in readers.values()), "shared among unequal prefixes"
-        return super().run(chunks)
-
-    def forget(self, sequence: Sequence) -> None:
-        self.forgotten.append(sequence.id)
-
-
-@dataclass
-class Bench:
-    """An engine whose clock stands still unless moved, and what came out of it."""
-
-    runner: CheckedRunner
-    scheduling: SchedulerSettings = SMALL
-    now: float = 1.0
-    tokens: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    finished: dict[str, Finished] = field(default_factory=dict)
-    started: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.engine = Engine(self.runner, self.scheduling, clock=lambda: self.now)
-
-    @property
-    def scheduler(self) -> Scheduler:
-        return self.engine.scheduler
-
-    def step(self) -> None:
-        self.now += 1.0
-        report = self.engine.step()
-        self.started += [event.id for event in report.started]
-        for token in report.tokens:
-            assert token.id not in self.finished
-            self.tokens[token.id].append(token.token)
-        for end in report.finished:
-            assert end.id not in self.finished, "ended twice"
-            self.finished[end.id] = end
-
-    def drain(self, bound: int = 2000) -> None:
-        for _ in range(bound):
-            if not self.engine.busy:
-                return
-            self.step()
-        raise AssertionError(f"still busy after {bound} steps")
-
-
-def bench(total_blocks: int = 16, scheduling: SchedulerSettings = SMALL, **options: object) -> Bench:
-    fake = FakeSettings(
-        total_blocks=total_blocks, block_size=4, max_context=64, end_one_in=int(options.pop("end_one_in", 0))
-    )  # type: ignore[call-overload]
-    return Bench(CheckedRunner(fake, **options), scheduling)  # type: ignore[arg-type]
+from meshlm.worker.engine.scheduler import SchedulerSettings
+from meshlm.worker.fake import END, expected_tokens
+from meshlm.worker.messages import Finish, Sampling, Submit
+from tests.worker.engine.bench import GREEDY, SMALL, bench, submit
 
 
 def test_a_long_prompt_does_not_stall_a_running_stream() -> None:

@@ -4,6 +4,9 @@ It is honest about the KV cache: `run` writes each token where the block table s
 what is *read back* through the table (and of the seed, unless greedy). A block given to two writers, freed too early
 or shared with the wrong prefix therefore changes the tokens, which `expected_tokens` foretells from the prompt alone.
 
+With a KV budget the same goes for the tokens that are left in the cache. What counts as important is the larger token.
+Scores are hashes of what precedes the scored token, vectors are the bytes of a hash of all up to a position.
+
 Tokens 0 to 255 are bytes, END is the end of sequence. A prompt with one of the FAULTS in it makes the runner fail
 when it draws that sequence's fourth token.
 """
@@ -16,13 +19,24 @@ import time
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from meshlm.worker.engine.sequence import Chunk, Sampled, Sequence, StepOutOfMemory
+from meshlm.worker.engine.sequence import (
+    Chunk,
+    ChunkPool,
+    ChunkScores,
+    Outcome,
+    Sampled,
+    Sequence,
+    StepOutOfMemory,
+    scored_positions,
+)
 from meshlm.worker.messages import ModelFacts, Sampling, TokenLogprob
 
 END = 256
 VOCAB_SIZE = 257
 LETTERS = b"abcdefghijklmnopqrstuvwxyz     ."
 FAULTY_AT = 3  # output tokens before a fault strikes
+WIDTH = 8  # of the vectors
+OBSERVED = 32  # the latest tokens, which compaction keeps
 
 HANG = b"!hang"
 CRASH = b"!crash"
@@ -66,6 +80,32 @@ def expected_tokens(prompt: list[int], sampling: Sampling, count: int, end_one_i
     return tokens[len(prompt) :]
 
 
+def expected_logprob(before: list[int]) -> float:
+    """What a FakeRunner gives as the log-probability of any token behind `before`; the entropy is its negative."""
+    return _logprob(_words(before))
+
+
+def expected_vector(tokens: list[int]) -> list[float]:
+    """A FakeRunner's final hidden state at the last of `tokens`: (WIDTH,), whole numbers."""
+    return _vector(_words(tokens))
+
+
+def _logprob(context: bytes) -> float:
+    return -int.from_bytes(blake2b(context, digest_size=2).digest(), "little") / 4096
+
+
+def _vector(context: bytes) -> list[float]:
+    return [float(byte) for byte in blake2b(context, digest_size=WIDTH).digest()]
+
+
+def important(tokens: list[int], keep: int) -> list[int]:
+    """The indices of the `keep` tokens that a FakeRunner keeps: the latest OBSERVED of them, then larger before smaller
+    tokens and earlier before later ones."""
+    latest = range(max(0, len(tokens) - min(OBSERVED, keep)), len(tokens))
+    others = sorted(range(latest.start), key=lambda index: (-tokens[index], index))
+    return sorted([*others[: keep - len(latest)], *latest])
+
+
 def _words(tokens: list[int]) -> bytes:
     return b"".join(token.to_bytes(2, "little") for token in tokens)
 
@@ -87,9 +127,13 @@ class FakeRunner:
             kv_bytes=2 * settings.block_size * settings.total_blocks,
             quantization="none",
             parameters=0,
+            chunk_invariant=True,
+            kv_budgets=True,
+            hidden_size=WIDTH,
+            engine="fake",
         )
 
-    def run(self, chunks: list[Chunk]) -> list[Sampled | None]:
+    def run(self, chunks: list[Chunk]) -> list[Outcome]:
         """See `Runner.run`."""
         for chunk in chunks:
             self._strike(chunk.sequence)
@@ -97,19 +141,45 @@ class FakeRunner:
             time.sleep(self._settings.step_seconds)
         for chunk in chunks:
             self._write(chunk)
-        return [self._draw(chunk.sequence) if chunk.sample else None for chunk in chunks]
+        return [self._outcome(chunk) for chunk in chunks]
+
+    def compact(self, sequence: Sequence, keep: int) -> None:
+        """See `Runner.compact`."""
+        words = self._read(sequence, sequence.computed)
+        cached = [int.from_bytes(words[i : i + 2], "little") for i in range(0, len(words), 2)]
+        for index, kept in enumerate(important(cached, keep)):
+            self._store(sequence, index, cached[kept])
 
     def forget(self, sequence: Sequence) -> None:
         """The fake has no per-sequence state."""
 
     def _write(self, chunk: Chunk) -> None:
-        size = self._settings.block_size
         for position in range(chunk.start, chunk.start + chunk.count):
-            block, slot = chunk.sequence.blocks[position // size], 2 * (position % size)
-            self._memory[block][slot : slot + 2] = chunk.sequence.tokens[position].to_bytes(2, "little")
+            self._store(chunk.sequence, position - chunk.sequence.evicted, chunk.sequence.tokens[position])
 
-    def _draw(self, sequence: Sequence) -> Sampled:
-        context = b"".join(self._memory[block] for block in sequence.blocks)[: 2 * len(sequence.tokens)]
+    def _store(self, sequence: Sequence, index: int, token: int) -> None:
+        size = self._settings.block_size
+        slot = 2 * (index % size)
+        self._memory[sequence.blocks[index // size]][slot : slot + 2] = token.to_bytes(2, "little")
+
+    def _read(self, sequence: Sequence, end: int) -> bytes:
+        """The words of the cached tokens before position `end`."""
+        return b"".join(self._memory[block] for block in sequence.blocks)[: 2 * (end - sequence.evicted)]
+
+    def _outcome(self, chunk: Chunk) -> Outcome:
+        sequence, request = chunk.sequence, chunk.sequence.request
+        context = self._read(sequence, chunk.start + chunk.count)
+        if request.score_from is not None:
+            ends = range(*scored_positions(chunk))
+            logprobs = [_logprob(context[: 2 * (end - sequence.evicted)]) for end in ends]
+            return ChunkScores(logprobs, [-logprob for logprob in logprobs])
+        if request.pool is not None:
+            first = len(context) // 2 - (chunk.count if request.pool == "mean" else 1)
+            vectors = [_vector(context[: 2 * (end + 1)]) for end in range(first, len(context) // 2)]
+            return ChunkPool([sum(column) for column in zip(*vectors, strict=True)])
+        return self._draw(sequence, context) if chunk.sample else None
+
+    def _draw(self, sequence: Sequence, context: bytes) -> Sampled:
         sampling = sequence.request.sampling
         token = next_token(context, sampling, self._settings.end_one_in)
         if sampling.logprobs is None:

@@ -3,9 +3,13 @@
 A block is blank (free, nothing known in it), in use (one holder or more), or idle (free, but its content is known, so
 a new sequence with the same prefix may take it up again). Idle blocks are given away last, least recently used first.
 
-The prefix cache is a hash chain over full blocks as in vLLM's "automatic prefix caching" and nano-vllm's block manager,
-with a salt at the root: a block is shared only among sequences with equal salt and equal tokens up to its end.
-`digest.py` gives the exact bytes that are hashed.
+The prefix cache is a radix tree whose edges are full blocks (SGLang's radix attention, by blocks; vLLM's "automatic
+prefix caching"), with a salt at the root: a block is shared only among sequences with equal salt and equal tokens up to
+its end. A node is found by the hash of the chain of blocks from the root to it, so a lookup is one step down the tree a
+block, and the tree needs no pointers. `digest.py` gives the exact bytes that are hashed.
+
+Leaves are given away first, least recently used: a holder of a node holds all nodes above it, and releases tails first,
+so a node never becomes idle before one below it.
 """
 
 from __future__ import annotations
@@ -61,6 +65,7 @@ class BlockPool:
 
     @property
     def digest(self) -> bytes:
+        """A Bloom filter over the known prefixes, see `digest.py`. The same object until something changes."""
         return bytes(self._digest)
 
     def holders(self, block: int) -> int:
@@ -93,9 +98,17 @@ class BlockPool:
                 else:
                     self._idle[block] = None
 
-    def publish(self, block: int, prefix_hash: bytes) -> None:
-        """Makes a full, computed block findable. Where another block has this prefix already, that one stays it."""
-        if prefix_hash not in self._by_hash:
+    def known(self, hashes: list[bytes]) -> int:
+        """How many blocks `acquire` would find cached."""
+        return len(self._match(hashes))
+
+    def publish(self, block: int, prefix_hash: bytes, parent: int | None) -> None:
+        """Makes a full, computed block findable, behind the block `parent` of the same table (None: the first).
+
+        Where another block has this prefix already, that one stays it; and what is computed behind such a second copy
+        is not findable either, or it could outlive the way to it.
+        """
+        if prefix_hash not in self._by_hash and (parent is None or self._hash[parent] is not None):
             self._by_hash[prefix_hash] = block
             self._hash[block] = prefix_hash
             self._digest.add(prefix_hash)

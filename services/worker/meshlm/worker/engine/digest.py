@@ -43,18 +43,24 @@ class Digest:
         self._bits = min(max(1 << (8 * members - 1).bit_length(), SMALLEST_BITS), LARGEST_BITS)
         self._counts = [0] * self._bits
         self._filter = bytearray(self._bits // 8)
+        self._told: bytes | None = None
 
     def add(self, prefix_hash: bytes) -> None:
+        self._told = None
         for bit in probes(self._bits, PROBES, prefix_hash):
             self._counts[bit] += 1
             self._filter[bit >> 3] |= 1 << (bit & 7)
 
     def remove(self, prefix_hash: bytes) -> None:
         """Takes out a hash that was added before."""
+        self._told = None
         for bit in probes(self._bits, PROBES, prefix_hash):
             self._counts[bit] -= 1
             if self._counts[bit] == 0:
                 self._filter[bit >> 3] &= ~(1 << (bit & 7))
 
     def __bytes__(self) -> bytes:
-        return bytes([PROBES]) + self._filter
+        """The digest, in the format above. The same object until a hash is added or removed."""
+        if self._told is None:
+            self._told = bytes([PROBES]) + self._filter
+        return self._told

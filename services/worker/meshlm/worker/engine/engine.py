@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from meshlm.worker.engine.scheduler import Scheduler, SchedulerSettings
-from meshlm.worker.engine.sequence import Chunk, Runner, Sampled, StepOutOfMemory
+from meshlm.worker.engine.sequence import Chunk, Outcome, Runner, StepOutOfMemory
 from meshlm.worker.messages import StepReport, Submit
 
 
@@ -39,8 +39,10 @@ class Engine:
         began = self._clock()
         chunks = self.scheduler.schedule(began)
         self._forget_dropped()
-        chunks, sampled = self._run(chunks)
-        self.scheduler.absorb(chunks, sampled, self._clock())
+        chunks, outcomes = self._run(chunks)
+        now = self._clock()
+        self.scheduler.absorb(chunks, outcomes, now, now - began)
+        self._compact()
         self._forget_dropped()
         return self._report(self._clock() - began)
 
@@ -50,7 +52,7 @@ class Engine:
         self._forget_dropped()
         return self._report(0.0)
 
-    def _run(self, chunks: list[Chunk]) -> tuple[list[Chunk], list[Sampled | None]]:
+    def _run(self, chunks: list[Chunk]) -> tuple[list[Chunk], list[Outcome]]:
         """Runs a step; where the device's memory gives out, again without the newest sequence."""
         while chunks:
             try:
@@ -58,6 +60,11 @@ class Engine:
             except StepOutOfMemory:
                 chunks = self.scheduler.drop_newest(chunks, self._clock())
         return [], []
+
+    def _compact(self) -> None:
+        for sequence, keep in self.scheduler.take_compactions():
+            self.runner.compact(sequence, keep)
+            self.scheduler.compacted(sequence, keep)
 
     def _forget_dropped(self) -> None:
         for sequence in self.scheduler.take_dropped():
@@ -70,5 +77,7 @@ class Engine:
             step_seconds=seconds,
             started=tuple(news.started),
             tokens=tuple(news.tokens),
+            scored=tuple(news.scored),
+            embedded=tuple(news.embedded),
             finished=tuple(news.finished),
         )

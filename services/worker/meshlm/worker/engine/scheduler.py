@@ -3,13 +3,16 @@
 Continuous batching as in Orca (OSDI '22) and vLLM: the batch is put together anew for every step. Three questions, in
 this order: who goes on (`_decodes`, then `_prefills`), who may start (`_admit`), who is done (`absorb`).
 
-- Decodes come first and always fit, so a long prompt never stalls a stream ("chunked prefill", Sarathi-Serve).
-- A prompt is computed in chunks that end at multiples of `chunk_tokens`, whatever else is in the step, so how a prompt
-  is cut does not depend on the load.
-- Rank is `arrival + priority * aging_seconds`: among equal priorities the earlier, and one step of priority is worth
-  `aging_seconds` of waiting. Ranks never change and every later arrival ranks behind in the end, so nothing starves.
-- Where blocks run out, the lowest rank is preempted: it gives up its blocks and is recomputed later. The highest rank
-  is never preempted, and every accepted sequence fits alone, so each step brings some sequence nearer to its end.
+- Decodes come first and always fit; prompts are computed in chunks beside them ("chunked prefill", Sarathi-Serve), so
+  that running streams keep their pace (`chunking.py`, `pace.py`).
+- Who starts first, and why nobody starves: `waiting.py`; what a tenant has had: `fairness.py`.
+- What is cached is not computed again (`blocks.py`), and what is being computed not a second time (`underway.py`); who
+  holds which blocks: `tables.py`.
+- Where blocks run out, sequences are preempted: they give up their blocks and are recomputed later. It hits the tenant
+  that was served most, and of its sequences the lowest rank. The highest rank of all that run is never preempted, and
+  every accepted sequence fits alone, so each step brings some sequence nearer to its end; and a sequence than which
+  none has a higher rank runs to its end once it has started.
+- Sequences with a KV budget let go of blocks between steps (`budgets.py`).
 """
 
 from __future__ import annotations
@@ -18,9 +21,16 @@ import heapq
 from bisect import insort
 from dataclasses import dataclass
 
-from meshlm.worker.engine.blocks import BlockPool, extend_chain
-from meshlm.worker.engine.sequence import Chunk, Sampled, Sequence, Status
-from meshlm.worker.messages import Finish, Finished, Load, ModelFacts, NewToken, Started, Submit
+from meshlm.worker.engine.blocks import BlockPool
+from meshlm.worker.engine.budgets import Budgets
+from meshlm.worker.engine.chunking import Chunking, Room, generates
+from meshlm.worker.engine.fairness import Shares
+from meshlm.worker.engine.news import Answers, News, Totals, finished
+from meshlm.worker.engine.pace import Pace
+from meshlm.worker.engine.sequence import Chunk, Outcome, Sampled, Sequence, Status
+from meshlm.worker.engine.tables import Tables
+from meshlm.worker.engine.waiting import WaitingQueue
+from meshlm.worker.messages import Finish, Load, ModelFacts, NewToken, Started, Submit
 
 FREED = (Finish.CANCELLED, Finish.DEADLINE)
 
@@ -33,41 +43,24 @@ class SchedulerSettings:
     max_running: int = 32
     # Most sequences not yet started; more are refused as OVERLOADED.
     max_waiting: int = 256
-    # Most prompt tokens of one sequence in one step; prompts are cut at its multiples.
+    # Most prompt tokens of one sequence in one step. Where the load may not change the cuts, they are at its multiples.
     chunk_tokens: int = 256
     # Most tokens in a step: decodes, then prefill chunks. At least max_running + chunk_tokens.
     step_tokens: int = 544
     # Seconds of waiting that outweigh one step of priority.
     aging_seconds: float = 10.0
+    # Most that prompts may lengthen a step of running streams: it takes so many times one without. Above 1.
+    stall_ratio: float = 2.0
+    # Prompt tokens that join a step even where they break that promise, so that a prompt always gets on.
+    least_chunk_tokens: int = 4
 
     def __post_init__(self) -> None:
-        if min(self.max_running, self.max_waiting, self.chunk_tokens) < 1 or self.aging_seconds < 0:
-            raise ValueError("max_running, max_waiting and chunk_tokens are at least 1, aging_seconds at least 0")
+        if min(self.max_running, self.max_waiting, self.chunk_tokens, self.least_chunk_tokens) < 1:
+            raise ValueError("max_running, max_waiting, chunk_tokens and least_chunk_tokens are at least 1")
+        if self.aging_seconds < 0 or self.stall_ratio <= 1:
+            raise ValueError("aging_seconds is at least 0, and stall_ratio above 1")
         if self.step_tokens < self.max_running + self.chunk_tokens:
             raise ValueError("step_tokens is at least max_running + chunk_tokens")
-
-
-class News:
-    """What happened since it was last collected."""
-
-    def __init__(self) -> None:
-        self.started: list[Started] = []
-        self.tokens: list[NewToken] = []
-        self.finished: list[Finished] = []
-
-    def __bool__(self) -> bool:
-        return bool(self.started or self.tokens or self.finished)
-
-
-class Totals:
-    """Counters that only grow."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.preemptions = 0
-        self.cancelled = 0  # sequences ended by cancel or deadline
-        self.freed_after_cancel = 0  # blocks that those gave up
-        self.out_of_memory = 0  # sequences
 
 
 class Scheduler:
@@ -75,16 +68,23 @@ class Scheduler:
 
     def __init__(self, facts: ModelFacts, settings: SchedulerSettings) -> None:
         self.settings = settings
-        self.block_size = facts.block_size
-        self.pool = BlockPool(facts.total_blocks)
-        self.longest = min(facts.max_context, facts.total_blocks * facts.block_size)  # tokens of one sequence
-        self.waiting: list[Sequence] = []  # by rank
+        self.shares = Shares()
+        self.waiting = WaitingQueue(self._rank, self.shares)
         self.running: list[Sequence] = []  # by rank
         self.totals = Totals()
+        budgets = Budgets(facts.block_size, settings.chunk_tokens)
+        self._tables = Tables(facts, budgets)
+        pace = Pace(settings.stall_ratio, settings.least_chunk_tokens) if facts.chunk_invariant else None
+        self._chunking = Chunking(budgets, pace, settings.chunk_tokens, settings.step_tokens)
         self._live: dict[str, Sequence] = {}
         self._deadlines: list[tuple[float, str]] = []  # heap; ids may have ended since
         self._news = News()
+        self._answers = Answers()
         self._dropped: list[Sequence] = []
+
+    @property
+    def pool(self) -> BlockPool:
+        return self._tables.pool
 
     @property
     def busy(self) -> bool:
@@ -94,13 +94,13 @@ class Scheduler:
     def submit(self, request: Submit, now: float) -> None:
         """Takes a sequence in, or ends it at once where it can never fit or too many wait."""
         sequence = Sequence(request, request.prompt + request.generated)
-        self._live[sequence.id] = sequence
-        if len(sequence.tokens) >= self.longest:
-            self._end(sequence, Finish.TOO_LONG, now)
-        elif not request.admitted and self._unstarted() >= self.settings.max_waiting:
-            self._end(sequence, Finish.OVERLOADED, now)
+        if not self._tables.possible(sequence):
+            self._news.finished.append(finished(sequence, Finish.TOO_LONG, now))
+        elif not request.admitted and self.waiting.unstarted >= self.settings.max_waiting:
+            self._news.finished.append(finished(sequence, Finish.OVERLOADED, now))
         else:
-            self._wait(sequence)
+            self._live[sequence.id] = sequence
+            self.waiting.add(sequence)
             if request.limits.deadline is not None:
                 heapq.heappush(self._deadlines, (request.limits.deadline, sequence.id))
 
@@ -119,10 +119,10 @@ class Scheduler:
         self._expire(now)
         preemptions = self.totals.preemptions
         chunks = self._decodes()
-        budget = self.settings.step_tokens - len(chunks)
-        budget = self._prefills(chunks, budget)
+        room = self._chunking.room(len(chunks))
+        self._prefills(chunks, room)
         if self.totals.preemptions == preemptions:  # else the blocks just freed would be fought over
-            self._admit(chunks, budget, now)
+            self._admit(chunks, room, now)
         return chunks
 
     def drop_newest(self, chunks: list[Chunk], now: float) -> list[Chunk]:
@@ -132,13 +132,31 @@ class Scheduler:
         self._end(newest, Finish.OUT_OF_MEMORY, now)
         return [chunk for chunk in chunks if chunk.sequence is not newest]
 
-    def absorb(self, chunks: list[Chunk], sampled: list[Sampled | None], now: float) -> None:
-        """Takes in what a step computed: new full blocks become findable, new tokens may end their sequences."""
+    def absorb(self, chunks: list[Chunk], outcomes: list[Outcome], now: float, seconds: float) -> None:
+        """Takes in what a step of so many seconds computed: new full blocks become findable, new tokens may end their
+        sequences, budgets are kept."""
         self.totals.steps += bool(chunks)
-        for chunk, drawn in zip(chunks, sampled, strict=True):
-            self._advance(chunk.sequence, chunk.start + chunk.count)
-            if drawn is not None:
-                self._take_token(chunk.sequence, drawn, now)
+        self._chunking.observe(chunks, seconds)
+        for chunk, outcome in zip(chunks, outcomes, strict=True):
+            sequence = chunk.sequence
+            self._tables.advance(sequence, chunk.start + chunk.count)
+            if isinstance(outcome, Sampled):
+                self._take_token(sequence, outcome, now)
+            elif outcome is not None:
+                self._answers.add(sequence, outcome)
+            if not generates(sequence) and sequence.uncomputed == 0:
+                self._answers.tell(sequence, self._news)
+                self._end(sequence, Finish.DONE, now)
+            elif sequence.request.kv is not None and sequence.status is Status.RUNNING:
+                self._tables.keep_budget(sequence, sequence.request.kv)
+
+    def take_compactions(self) -> list[tuple[Sequence, int]]:
+        """Sequences that are over their budget, and how many of their cached tokens each is to keep. The runner is
+        to choose and move those (`Runner.compact`), and then `compacted` to be called for each."""
+        return self._tables.take_compactions()
+
+    def compacted(self, sequence: Sequence, keep: int) -> None:
+        self._tables.compacted(sequence, keep)
 
     def collect(self) -> News:
         """What happened since the last call."""
@@ -151,14 +169,13 @@ class Scheduler:
         return dropped
 
     def load(self) -> Load:
-        pending = sum(sequence.uncomputed for sequence in self.waiting)
-        pending += sum(sequence.uncomputed for sequence in self.running if sequence.uncomputed > 1)
+        prefills = sum(sequence.uncomputed for sequence in self.running if sequence.uncomputed > 1)
         return Load(
             running=len(self.running),
             waiting=len(self.waiting),
             free_blocks=self.pool.free,
             total_blocks=self.pool.total,
-            pending_prefill_tokens=pending,
+            pending_prefill_tokens=self.waiting.tokens + prefills,
             cached_blocks=self.pool.cached,
             digest=self.pool.digest,
             steps_total=self.totals.steps,
@@ -168,91 +185,76 @@ class Scheduler:
             out_of_memory_total=self.totals.out_of_memory,
         )
 
-    def _unstarted(self) -> int:
-        """Waiting sequences, less those that were preempted: these were let in before."""
-        return sum(sequence.preemptions == 0 for sequence in self.waiting)
-
     # Who goes on?
 
     def _decodes(self) -> list[Chunk]:
-        """One token for each sequence that has all others computed. May preempt, from the end of `running`."""
-        return [
-            Chunk(sequence, sequence.computed, 1, sample=True)
+        """One token for each sequence that has all others computed. May preempt, also those that had a place."""
+        going = [
+            sequence
             for sequence in list(self.running)
             if sequence.status is Status.RUNNING and sequence.uncomputed == 1 and self._grow(sequence)
         ]
+        return [
+            Chunk(sequence, sequence.computed, 1, sample=generates(sequence))
+            for sequence in going
+            if sequence.status is Status.RUNNING
+        ]
 
-    def _prefills(self, chunks: list[Chunk], budget: int) -> int:
-        """The next chunk of prompts under way, by rank, while they fit. Returns the tokens left."""
+    def _prefills(self, chunks: list[Chunk], room: Room) -> None:
+        """The next chunk of prompts under way, by rank, while they fit."""
         for sequence in self.running:
             if sequence.uncomputed > 1:
-                chunk = self._next_chunk(sequence)
-                if chunk.count > budget:
-                    return 0
+                chunk = self._chunking.next(sequence, room)
+                if chunk is None:
+                    return
                 chunks.append(chunk)
-                budget -= chunk.count
-        return budget
-
-    def _next_chunk(self, sequence: Sequence) -> Chunk:
-        size = self.settings.chunk_tokens
-        start, known = sequence.computed, len(sequence.tokens)
-        end = min(start - start % size + size, known)
-        return Chunk(sequence, start, end - start, sample=end == known)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Sees to a block for the last token. False where the sequence itself had to give way."""
-        while len(sequence.blocks) * self.block_size < len(sequence.tokens):
-            fresh = self.pool.acquire([], 1)
-            if fresh is not None:
-                sequence.blocks += fresh[0]
-                continue
-            victim = self.running[-1]
+        while not self._tables.grow(sequence):
+            # The first is spared. It is never alone here: every sequence fits alone.
+            victim = max(
+                self.running[1:], key=lambda other: (self.shares.served(other.request.tenant), self._rank(other))
+            )
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._give_up_blocks(sequence)
+        self._stop_running(sequence)
+        sequence.status = Status.WAITING
         sequence.preemptions += 1
         self.totals.preemptions += 1
-        self._wait(sequence)
+        self.waiting.add(sequence)
 
     # Who may start?
 
-    def _admit(self, chunks: list[Chunk], budget: int, now: float) -> None:
-        """Starts waiting sequences by rank, each with blocks for all its tokens. The first that does not fit ends it:
-        letting smaller ones pass would starve it."""
-        while self.waiting and len(self.running) < self.settings.max_running:
-            sequence = self.waiting[0]
-            if budget < min(self.settings.chunk_tokens, len(sequence.tokens)) or not self._start(sequence, now):
+    def _admit(self, chunks: list[Chunk], room: Room, now: float) -> None:
+        """Starts waiting sequences, each with blocks for all its tokens. The first that does not fit ends it: letting
+        smaller ones pass would starve it."""
+        while self.waiting and len(self.running) < self.settings.max_running and room.prompt > 0:
+            sequence = self.waiting.first(self._tables.ready)
+            if sequence is None or not self._chunking.fits(sequence, room) or not self._start(sequence, now):
                 return
-            chunk = self._next_chunk(sequence)
-            chunks.append(chunk)
-            budget -= chunk.count
+            chunk = self._chunking.next(sequence, room)
+            if chunk is not None:  # always: it fits
+                chunks.append(chunk)
 
     def _start(self, sequence: Sequence, now: float) -> bool:
-        known = len(sequence.tokens)
-        cacheable = (known - 1) // self.block_size  # the last token is always computed: its logits are needed
-        extend_chain(sequence.hashes, sequence.tokens, cacheable, self.block_size, sequence.request.cache_salt)
-        table = self.pool.acquire(sequence.hashes[:cacheable], -(-known // self.block_size))
-        if table is None:
+        if not self._tables.open(sequence):
+            self.waiting.keep_turn(sequence)
             return False
-        sequence.blocks, cached = table
-        sequence.computed = cached * self.block_size
-        sequence.status = Status.RUNNING
         self.waiting.remove(sequence)
+        self.waiting.end_turn()
+        sequence.status = Status.RUNNING
         insort(self.running, sequence, key=self._rank)
+        self.shares.start(sequence.request.tenant, sequence.uncomputed if sequence.preemptions == 0 else 0)
         if sequence.first_scheduled == 0.0:
             sequence.first_scheduled = now
             sequence.cached = sequence.computed
             self._news.started.append(Started(sequence.id, sequence.cached, now))
         return True
-
-    def _wait(self, sequence: Sequence) -> None:
-        sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=self._rank)
 
     def _rank(self, sequence: Sequence) -> tuple[float, str]:
         request = sequence.request
@@ -260,16 +262,9 @@ class Scheduler:
 
     # Who is done?
 
-    def _advance(self, sequence: Sequence, computed: int) -> None:
-        first, end = sequence.computed // self.block_size, computed // self.block_size
-        sequence.computed = computed
-        if end > first:
-            extend_chain(sequence.hashes, sequence.tokens, end, self.block_size, sequence.request.cache_salt)
-            for i in range(first, end):
-                self.pool.publish(sequence.blocks[i], sequence.hashes[i])
-
     def _take_token(self, sequence: Sequence, drawn: Sampled, now: float) -> None:
         sequence.tokens.append(drawn.token)
+        self.shares.draw(sequence.request.tenant)
         if sequence.first_token == 0.0:
             sequence.first_token = now
         limits = sequence.request.limits
@@ -277,7 +272,7 @@ class Scheduler:
             self._end(sequence, Finish.STOP_TOKEN, now, stop_token=drawn.token)
             return
         self._news.tokens.append(NewToken(sequence.id, drawn.token, drawn.logprob, drawn.top))
-        if sequence.output_length >= limits.max_tokens or len(sequence.tokens) >= self.longest:
+        if sequence.output_length >= limits.max_tokens or len(sequence.tokens) >= self._tables.longest(sequence):
             self._end(sequence, Finish.LENGTH, now)
 
     def _expire(self, now: float) -> None:
@@ -291,28 +286,16 @@ class Scheduler:
             self.totals.cancelled += 1
             self.totals.freed_after_cancel += len(sequence.blocks)
         if sequence.status is Status.RUNNING:
-            self.running.remove(sequence)
-            self._give_up_blocks(sequence)
-        elif sequence in self.waiting:
+            self._stop_running(sequence)
+        else:
             self.waiting.remove(sequence)
+            self._tables.close(sequence)
         sequence.status = Status.ENDED
         del self._live[sequence.id]
-        self._news.finished.append(
-            Finished(
-                id=sequence.id,
-                reason=reason,
-                stop_token=stop_token,
-                cached_tokens=sequence.cached,
-                arrival=sequence.request.arrival,
-                first_scheduled=sequence.first_scheduled,
-                first_token=sequence.first_token,
-                ended=now,
-                preemptions=sequence.preemptions,
-            )
-        )
+        self._news.finished.append(finished(sequence, reason, now, stop_token))
 
-    def _give_up_blocks(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
-        sequence.computed = 0
+    def _stop_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._tables.close(sequence)
+        self._answers.drop(sequence)
         self._dropped.append(sequence)

@@ -1,0 +1,79 @@
+"""How much of a prompt is computed in the next step.
+
+Where the runner's results do not depend on how a prompt is cut (`facts.chunk_invariant`), chunks are as long as the
+promise to running streams allows (`pace.py`), or `chunk_tokens` where nothing is being decoded. Elsewhere, and where a
+KV budget goes by whole chunks (`budgets.py`), they end at multiples of `chunk_tokens` whatever else is in the step, so
+that tokens can be reproduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from meshlm.worker.engine.budgets import Budgets
+from meshlm.worker.engine.pace import Pace
+from meshlm.worker.engine.sequence import Chunk, Sequence
+
+
+@dataclass(slots=True)
+class Room:
+    """Tokens that may still join a step."""
+
+    all: int
+    prompt: int  # of those, what the promise to running streams leaves; a chunk of fixed length may exceed it
+
+
+def generates(sequence: Sequence) -> bool:
+    """Whether tokens are drawn; the others are texts to be scored or embedded."""
+    return sequence.request.score_from is None and sequence.request.pool is None
+
+
+class Chunking:
+    """Cuts prompts into chunks."""
+
+    def __init__(self, budgets: Budgets, pace: Pace | None, chunk_tokens: int, step_tokens: int) -> None:
+        """pace: None where results depend on how prompts are cut."""
+        self._budgets = budgets
+        self._pace = pace
+        self._chunk_tokens = chunk_tokens
+        self._step_tokens = step_tokens
+
+    def room(self, decodes: int) -> Room:
+        """What is left of a step with so many decodes."""
+        left = self._step_tokens - decodes
+        return Room(left, min(left, self._pace.allowance(decodes)) if self._pace and decodes else left)
+
+    def fits(self, sequence: Sequence, room: Room) -> bool:
+        """Whether `sequence` could start with a chunk in what is left, however little of it is cached."""
+        least = min(self._chunk_tokens, len(sequence.tokens)) if self._fixed(sequence) else 1
+        return room.prompt > 0 and room.all >= least
+
+    def next(self, sequence: Sequence, room: Room) -> Chunk | None:
+        """The next chunk, taken out of `room`. None, and no room for others either, where it does not fit."""
+        start, known = sequence.computed, len(sequence.tokens)
+        count = min(self._latest_end(sequence), known) - start
+        if not self._fixed(sequence):
+            count = min(count, room.prompt)
+        if room.prompt <= 0 or count > room.all:
+            room.prompt = 0
+            return None
+        room.all -= count
+        room.prompt = min(room.prompt - count, room.all)
+        return Chunk(sequence, start, count, sample=start + count == known and generates(sequence))
+
+    def observe(self, chunks: Items[Chunk], seconds: float) -> None:
+        """The step with these chunks took so long. Their new tokens are not yet known."""
+        if self._pace is not None and chunks:
+            decodes = sum(chunk.count == 1 and chunk.sample for chunk in chunks)
+            self._pace.observe(decodes, sum(chunk.count for chunk in chunks) - decodes, seconds)
+
+    def _fixed(self, sequence: Sequence) -> bool:
+        budget = sequence.request.kv
+        return self._pace is None or (budget is not None and budget.policy == "importance")
+
+    def _latest_end(self, sequence: Sequence) -> int:
+        budget, start, size = sequence.request.kv, sequence.computed, self._chunk_tokens
+        if budget is not None:
+            return self._budgets.next_cut(sequence, budget)
+        return start + size if self._pace is not None else start - start % size + size
