@@ -53,6 +53,32 @@ def test_decode_equals_the_definition_for_ragged_lengths(heads: int, kv_heads: i
     torch.testing.assert_close(paged_attention(query, cache, groups, 0.25), expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [1, 5, 64, 100, 1000])
+@pytest.mark.parametrize("block_size", [4, 16, 128])
+def test_decode_with_a_window_sees_only_the_latest_tokens(block_size: int, window: int) -> None:
+    torch.manual_seed(1)
+    lengths = [1, 5, 6, 63, 64, 65, 101, 163, 164, 165, 300]
+    cache = filled_cache(2, 320, block_size)
+    tables = tables_for(lengths, block_size, 320)
+    query = torch.randn(len(lengths), 6, HEAD_DIM)
+    groups = plan_decode(tables, lengths, block_size, 2, torch.float32, CPU, window)
+    expected = reference_paged_attention(query, cache, tables, lengths, 0.25, window)
+    torch.testing.assert_close(paged_attention(query, cache, groups, 0.25), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_decode_with_a_window_reads_no_more_blocks_than_the_window_needs() -> None:
+    [group] = plan_decode([list(range(1000))], [16_000], 16, 2, torch.float32, CPU, window=100)
+    assert len(group.blocks) * 16 <= 128
+    assert int(group.blocks.max()) == 999
+    assert int(group.blocks[0]) == (16_000 - 100) // 16
+
+
+def test_long_sequences_of_one_window_are_one_group() -> None:
+    lengths = list(range(200, 230))
+    groups = plan_decode([list(range(20))] * 30, lengths, 16, 2, torch.float32, CPU, window=100)
+    assert len(groups) == 1
+
+
 def test_decode_of_a_row_is_the_same_bits_alone_and_among_others() -> None:
     torch.manual_seed(2)
     lengths = [5, 70, 70, 71, 200, 500]
@@ -82,6 +108,19 @@ def test_prefill_equals_the_definition_for_any_chunk(heads: int, kv_heads: int, 
     blocks = torch.tensor(padded_blocks(table, start + count, 8))
     expected = reference_prefill_attention(query, cache, table, start, 0.25)
     torch.testing.assert_close(prefill_attention(query, cache, blocks, start, 0.25), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 100, 1000])
+@pytest.mark.parametrize(("start", "count"), [(0, 70), (63, 2), (100, 64), (230, 1)])
+def test_prefill_with_a_window_sees_only_the_latest_tokens(window: int, start: int, count: int) -> None:
+    torch.manual_seed(3)
+    cache = filled_cache(2, 40, 8)
+    [table] = tables_for([start + count], 8, 40)
+    query = torch.randn(count, 6, HEAD_DIM)
+    blocks = torch.tensor(padded_blocks(table, start + count, 8))
+    expected = reference_prefill_attention(query, cache, table, start, 0.25, window)
+    ours = prefill_attention(query, cache, blocks, start, 0.25, window)
+    torch.testing.assert_close(ours, expected, atol=2e-6, rtol=1e-5)
 
 
 def test_prefill_gives_the_same_bits_however_it_is_cut() -> None:

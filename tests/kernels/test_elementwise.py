@@ -1,4 +1,4 @@
-"""Normalization, activation, rotary embedding and rotations, against their definitions in float64."""
+"""Normalization, activations and rotary embedding, against their definitions in float64."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import math
 import pytest
 import torch
 
+from meshlm.kernels.gelu_mul import gelu_mul, reference_gelu_mul
 from meshlm.kernels.rms_norm import reference_rms_norm, rms_norm
-from meshlm.kernels.rope import reference_rope, rope, rope_frequencies, rope_table, scale_linear, scale_llama3
-from meshlm.kernels.rotation import group_size, hadamard, random_rotation, reference_rotate_groups, rotate_groups
+from meshlm.kernels.rope import (
+    reference_rope,
+    rope,
+    rope_frequencies,
+    rope_turns,
+    scale_linear,
+    scale_llama3,
+    scale_yarn,
+)
 from meshlm.kernels.silu_mul import reference_silu_mul, silu_mul
 
 
@@ -33,14 +41,56 @@ def test_silu_mul_takes_the_gate_from_the_first_half() -> None:
     torch.testing.assert_close(silu_mul(gate_up), reference_silu_mul(gate_up), atol=1e-6, rtol=1e-5)
 
 
+def test_gelu_mul_takes_the_gate_from_the_first_half() -> None:
+    torch.manual_seed(0)
+    gate_up = torch.randn(5, 64) * 4
+    torch.testing.assert_close(gelu_mul(gate_up), reference_gelu_mul(gate_up), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("positions", [[0, 1, 2, 3], [5, 4000, 17, 8191]])
 def test_rope_is_a_complex_turn_by_position(positions: list[int]) -> None:
     torch.manual_seed(0)
     frequencies = rope_frequencies(32, 10_000.0)
     x, at = torch.randn(4, 3, 32), torch.tensor(positions)
     expected = reference_rope(x, at, frequencies)
-    rope(x, *rope_table(frequencies, 8192, torch.float32).index_select(1, at))
+    rope(x, *rope_turns(frequencies, at, torch.float32))
     torch.testing.assert_close(x, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_rope_of_a_part_of_each_head_leaves_the_rest_alone() -> None:
+    torch.manual_seed(0)
+    frequencies, at = rope_frequencies(24, 10_000.0), torch.tensor([3, 70])
+    x = torch.randn(2, 3, 32)
+    expected = torch.cat((reference_rope(x[..., :24], at, frequencies), x[..., 24:]), -1)
+    rope(x[..., :24], *rope_turns(frequencies, at, torch.float32))
+    torch.testing.assert_close(x, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_rope_factor_scales_what_is_rotated() -> None:
+    frequencies, at = rope_frequencies(16, 10_000.0), torch.tensor([5])
+    plain, scaled = torch.ones(1, 1, 16), torch.ones(1, 1, 16)
+    rope(plain, *rope_turns(frequencies, at, torch.float32))
+    rope(scaled, *rope_turns(frequencies, at, torch.float32, factor=1.5))
+    torch.testing.assert_close(scaled, plain * 1.5)
+
+
+def test_yarn_scaling_equals_transformers() -> None:
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    rope_parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 1_000_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32_768,
+        "beta_fast": 20.0,
+        "beta_slow": 2.0,
+    }
+    config = transformers.Qwen2Config(
+        hidden_size=1024, num_attention_heads=8, max_position_embeddings=131_072, rope_parameters=rope_parameters
+    )
+    expected, _ = rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    ours = scale_yarn(rope_frequencies(128, 1_000_000.0), 1_000_000.0, 4.0, 2.0, 20.0, 32_768)
+    torch.testing.assert_close(ours, expected, atol=0, rtol=1e-6)
 
 
 def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones() -> None:
@@ -58,19 +108,3 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones() -> None:
 def test_linear_scaling_divides_positions() -> None:
     frequencies = rope_frequencies(16, 10_000.0)
     torch.testing.assert_close(scale_linear(frequencies, 4.0) * 40, frequencies * 10)
-
-
-@pytest.mark.parametrize("size", [64, 96, 576, 7])
-def test_random_rotation_is_orthogonal_and_fixed_by_its_seed(size: int) -> None:
-    turn = random_rotation(size)
-    torch.testing.assert_close(turn @ turn.T, torch.eye(size, dtype=torch.float64), atol=1e-12, rtol=0)
-    assert torch.equal(turn, random_rotation(size))
-    assert not torch.equal(turn, random_rotation(size, seed=1))
-
-
-def test_rotate_groups_equals_the_definition_and_undoes_itself() -> None:
-    torch.manual_seed(0)
-    x, matrix = torch.randn(3, 1536), hadamard(group_size(1536)).float()
-    turned = rotate_groups(x, matrix)
-    torch.testing.assert_close(turned, reference_rotate_groups(x, matrix), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rotate_groups(turned, matrix), x, atol=1e-5, rtol=1e-5)

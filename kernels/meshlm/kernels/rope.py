@@ -62,16 +62,6 @@ def rope_turns(
     return turns[0], turns[1]
 
 
-def rope_table(frequencies: torch.Tensor, positions: int, dtype: torch.dtype) -> torch.Tensor:
-    """Cosines and signed sines of every position: (2, positions, 1, head_dim).
-
-    The sine of the first half is negated, so that `rope` needs a roll and no negation.
-    """
-    angles = torch.arange(positions).double().unsqueeze(1) * frequencies.double()
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).unsqueeze(2).to(dtype)
-
-
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Rotate heads by their token's position, in place.
 

@@ -46,11 +46,6 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, half, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    half = weight.shape[0] // heads // 2
-    return weight.reshape(heads, half, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-
-
 def write_gguf(path: Path, tensors: Mapping[str, np.ndarray], architecture: str = "llama", **metadata: Any) -> Path:
     """Tensors in F32, with the metadata of LLAMA unless `metadata` (keys without the architecture) says otherwise."""
     values = {
@@ -89,10 +84,6 @@ def _write(path: Path, tensors: Mapping[str, np.ndarray], architecture: str, val
 
 def _is_quantized(name: str, tensor: np.ndarray) -> bool:
     return tensor.ndim > 1 and "gate_inp" not in name  # llama.cpp leaves a mixture's router alone
-
-
-def llama_tensors(model: Any) -> dict[str, np.ndarray]:
-    return gguf_tensors(model)
 
 
 def gguf_tensors(model: Any) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 
 import gguf
@@ -104,3 +105,44 @@ def test_a_missing_tensor_and_a_missing_key_are_named(tmp_path: Path) -> None:
         file.read("absent")
     with pytest.raises(ModelFileError, match=r"the metadata lacks llama\.block_count"):
         file.require("llama.block_count")
+
+
+def with_metadata(path: Path, key: str, kind: int, value: bytes) -> Path:
+    """A file without tensors whose one pair is this."""
+    name = key.encode()
+    pair = struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + pair)
+    return path
+
+
+@pytest.mark.parametrize("alignment", [0, 3, 2**32 - 1])
+def test_an_alignment_that_is_no_power_of_two_is_refused(tmp_path: Path, alignment: int) -> None:
+    path = with_metadata(tmp_path / "m.gguf", "general.alignment", 4, struct.pack("<I", alignment))
+    with pytest.raises(ModelFileError, match=f"general.alignment is {alignment}, not a power of two"):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize("inner", [0, 8, 9, 12])
+def test_an_array_of_absurd_length_is_refused(tmp_path: Path, inner: int) -> None:
+    path = with_metadata(tmp_path / "m.gguf", "a", 9, struct.pack("<IQ", inner, 2**63))
+    with pytest.raises(ModelFileError, match=r"truncated|an array of arrays"):
+        GgufFile(path)
+
+
+def test_arrays_nested_without_end_are_refused(tmp_path: Path) -> None:
+    path = with_metadata(tmp_path / "m.gguf", "a", 9, struct.pack("<IQ", 9, 1) * 100_000)
+    with pytest.raises(ModelFileError, match="an array of arrays"):
+        GgufFile(path)
+
+
+def test_rows_beyond_a_tensor_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", Kind.Q8_0)
+    with pytest.raises(ModelFileError, match="weight has 6 rows; those from 4 to 7 are wanted"):
+        GgufFile(tmp_path / "m.gguf").read_rows("weight", 4, 7)
+
+
+def test_some_rows_are_those_of_the_whole(tmp_path: Path) -> None:
+    for kind in (Kind.F32, Kind.F16, Kind.Q4_K):
+        write(tmp_path / "m.gguf", kind)
+        file = GgufFile(tmp_path / "m.gguf")
+        np.testing.assert_array_equal(file.read_rows("weight", 2, 5), file.read("weight")[2:5])

@@ -9,8 +9,6 @@ from meshlm.worker.loading.errors import ModelFileError
 from meshlm.worker.models import gemma3, llama, mistral, mixtral, phi3, qwen2, qwen3
 from meshlm.worker.models.config import ModelConfig
 from meshlm.worker.models.decoder import Decoder, Progress, Weights
-from meshlm.worker.models.layers import Model, Placement
-from meshlm.worker.models.llama import Llama
 
 W = TypeVar("W")
 
@@ -36,8 +34,3 @@ def load_decoder(checkpoint: Checkpoint, weights: Weights[W], progress: Progress
     if architecture not in LOADERS:
         raise ModelFileError(checkpoint.path, f"the architecture {architecture!r} is unknown; known: {sorted(LOADERS)}")
     return LOADERS[architecture](checkpoint.config, weights, progress)
-
-
-def load_model(checkpoint: Checkpoint, placement: Placement, progress: Progress) -> Model:
-    """Raises ModelFileError."""
-    return Llama(checkpoint, placement, progress)
