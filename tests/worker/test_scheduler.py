@@ -195,13 +195,19 @@ def test_output_made_elsewhere_is_continued_and_counts_as_output() -> None:
     assert b.tokens["it"] == drawn[4:]
 
 
+@pytest.mark.parametrize("wrong", [{"stall_ratio": 1.0}, {"least_chunk_tokens": 0}, {"aging_seconds": -1.0}])
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SchedulerSettings(**wrong)  # type: ignore[arg-type]
+
+
 def test_a_step_too_small_for_a_batch_and_a_chunk_is_refused() -> None:
     with pytest.raises(ValueError, match="step_tokens"):
         SchedulerSettings(max_running=8, chunk_tokens=8, step_tokens=15)
 
 
 requests = st.builds(
-    lambda shared, tail, n, priority, arrival, salt, seed, deadline, stops: (
+    lambda shared, tail, n, priority, arrival, salt, seed, deadline, stops, tenant: (
         [65] * shared + tail,
         {
             "max_tokens": n,
@@ -211,6 +217,7 @@ requests = st.builds(
             "sampling": Sampling(seed=seed),
             "deadline": deadline,
             "stop_token_ids": frozenset([END]) if stops else frozenset(),
+            "tenant": tenant,
         },
     ),
     shared=st.integers(0, 20),
@@ -222,6 +229,7 @@ requests = st.builds(
     seed=st.integers(0, 2),
     deadline=st.one_of(st.none(), st.none(), st.floats(2, 60)),
     stops=st.booleans(),
+    tenant=st.sampled_from(["", "a", "b"]),
 )
 actions = st.lists(
     st.one_of(requests, requests, st.integers(0, 30), st.just("step"), st.just("step"), st.just("step")), max_size=80
@@ -229,11 +237,11 @@ actions = st.lists(
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(actions, st.integers(4, 24), st.sets(st.integers(1, 60), max_size=4))
+@given(actions, st.integers(4, 24), st.sets(st.integers(1, 60), max_size=4), st.booleans())
 def test_whatever_arrives_all_ends_nothing_leaks_and_the_tokens_are_right(
-    script: list[object], total_blocks: int, fail_at: set[int]
+    script: list[object], total_blocks: int, fail_at: set[int], chunk_invariant: bool
 ) -> None:
-    b = bench(total_blocks=total_blocks, fail_at=fail_at, end_one_in=12)
+    b = bench(total_blocks=total_blocks, fail_at=fail_at, end_one_in=12, chunk_invariant=chunk_invariant)
     sent: dict[str, Submit] = {}
     for action in script:
         if action == "step":
