@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,14 +23,36 @@ class Format(StrEnum):
     INT4_SYMMETRIC = "int4_symmetric"
 
 
+_LAYER = re.compile(r"model\.layers\.\d+\..*?(\w+)\.weight")
+# Matrices of one kind read the same input, or do the same work: they are measured together.
+_KINDS = {
+    "q_proj": "query_key",
+    "k_proj": "query_key",
+    "v_proj": "value",
+    "o_proj": "output",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
+    "down_proj": "down",
+    "w1": "gate_up",
+    "w3": "gate_up",
+    "w2": "down",
+}
 BITS = {Format.DENSE: 16.0, Format.INT8: 8.5, Format.INT4: 5.0, Format.INT4_SYMMETRIC: 4.5}
+
+
+def kind_of(name: str) -> str:
+    """`down` of `model.layers.3.mlp.down_proj.weight`."""
+    if match := _LAYER.fullmatch(name):
+        return _KINDS.get(match[1], match[1])
+    return "embedding" if "embed" in name else "head"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Formats by a matrix's canonical name; what is not named gets `default`.
+    """Formats by a matrix's canonical name or else its kind; what is not named gets `default`.
 
-    keep_blocks: what a GGUF file has quantized stays exactly as it is, whatever the formats say.
+    keep_blocks: what a GGUF file has quantized stays exactly as it is, whatever the formats say, unless it is of more
+    than `most_bits` bits.
     importance: of a matrix's input columns, (cols,) each; see `quantize_groups`.
     """
 
@@ -37,16 +60,17 @@ class Plan:
     default: Format
     formats: Mapping[str, Format] = field(default_factory=dict)
     keep_blocks: bool = True
+    most_bits: int = 8
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    kinds: Mapping[str, Format] = field(default_factory=dict)
 
     def format_of(self, name: str) -> Format:
-        return self.formats.get(name, self.default)
+        return self.formats.get(name) or self.kinds.get(kind_of(name), self.default)
 
 
 NONE = Plan("none", Format.DENSE, keep_blocks=False)
 INT8 = Plan("int8", Format.INT8)
-# Who asks for 4 bits gets no tensor above them: blocks of more bits are quantized anew.
-INT4 = Plan("int4", Format.INT4)
+INT4 = Plan("int4", Format.INT4, most_bits=4)  # who asks for 4 bits gets no matrix above them
 
 
 def quantized_matrix(
@@ -58,9 +82,7 @@ def quantized_matrix(
     Raises ModelFileError: missing, of another shape, or not to be quantized (values that are not finite).
     """
     wanted = plan.format_of(name)
-    if wanted is Format.DENSE and not plan.keep_blocks:
-        return checkpoint.tensor(name, rows, cols)
-    if (blocks := _own_blocks(checkpoint, name, rows, cols, wanted, plan)) is not None:
+    if (blocks := _own_blocks(checkpoint, name, rows, cols, plan)) is not None:
         return blocks
     weight = checkpoint.tensor(name, rows, cols)
     if wanted is Format.DENSE or cols % GROUP:
@@ -79,17 +101,11 @@ def quantize(
         raise ModelFileError(path, f"{name} cannot be quantized: {error}") from None
 
 
-def _own_blocks(
-    checkpoint: Checkpoint, name: str, rows: int, cols: int, wanted: Format, plan: Plan
-) -> GroupQuantized | None:
+def _own_blocks(checkpoint: Checkpoint, name: str, rows: int, cols: int, plan: Plan) -> GroupQuantized | None:
     """The file's own blocks where it has some that the plan takes: exact, with no detour through floats."""
-    read = getattr(checkpoint, "read_quantized", None)
-    blocks: GroupQuantized | None = None if read is None else read(name)
-    if blocks is None:
+    if not plan.keep_blocks:
         return None
-    if blocks.shape != (rows, cols):
-        raise ModelFileError(
-            checkpoint.path, f"{name} has the shape {blocks.shape}; the config asks for {(rows, cols)}"
-        )
-    asked_for_less = plan.name == "int4" and blocks.bits > 4
-    return None if asked_for_less else blocks
+    blocks = checkpoint.quantized(name, rows, cols)
+    if blocks is None or blocks.bits > plan.most_bits:
+        return None
+    return blocks

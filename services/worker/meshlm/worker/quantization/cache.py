@@ -1,0 +1,72 @@
+"""Plans that were measured, kept in the user's cache folder by the revision of a model's weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from meshlm.worker.quantization.plan import Format, Plan
+
+_VERSION = 1  # of what is kept: plans of another one are measured anew
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A plan for `auto`, and what was measured when it was made."""
+
+    formats: Mapping[str, Format]  # by canonical name
+    importance: Mapping[str, torch.Tensor]  # (cols,) each
+    keep_blocks: bool  # whether a file's own blocks stay as they are
+    bound: float  # of the divergence, nats a token
+    kl: float  # of the whole plan on the calibration text
+    tokens: int  # of that text
+    bits: float  # a weight, over the matrices in `formats`
+
+    @property
+    def plan(self) -> Plan:
+        return Plan("auto", Format.INT8, self.formats, self.keep_blocks, importance=self.importance)
+
+
+def plan_path(folder: Path, revision: str) -> Path:
+    return folder / f"{revision}.safetensors"
+
+
+def keep(folder: Path, revision: str, measured: Measured) -> Path:
+    """Written aside and renamed: a worker may start at the same time. Raises OSError."""
+    target = plan_path(folder, revision)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "version": _VERSION,
+        "formats": {name: str(wanted) for name, wanted in measured.formats.items()},
+        "keep_blocks": measured.keep_blocks,
+        "bound": measured.bound,
+        "kl": measured.kl,
+        "tokens": measured.tokens,
+        "bits": measured.bits,
+    }
+    aside = target.with_suffix(".new")
+    tensors = {name: values.contiguous() for name, values in measured.importance.items()}
+    save_file(tensors, aside, metadata={"plan": json.dumps(facts)})
+    aside.replace(target)
+    return target
+
+
+def kept(folder: Path, revision: str) -> Measured | None:
+    """None where nothing is kept, or nothing that this version can read: a plan can always be measured again."""
+    try:
+        with safe_open(plan_path(folder, revision), framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["plan"])
+            if facts["version"] != _VERSION:
+                return None
+            importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        formats = {name: Format(wanted) for name, wanted in facts["formats"].items()}
+        rest = {name: facts[name] for name in ("keep_blocks", "bound", "kl", "tokens", "bits")}
+        return Measured(formats, importance, **rest)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
