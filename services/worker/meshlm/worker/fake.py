@@ -135,10 +135,10 @@ class FakeRunner:
 
     def run(self, chunks: list[Chunk]) -> list[Outcome]:
         """See `Runner.run`."""
-        for chunk in chunks:
-            self._strike(chunk.sequence)
         if self._settings.step_seconds:
             time.sleep(self._settings.step_seconds)
+        for chunk in chunks:
+            self._strike(chunk.sequence)
         for chunk in chunks:
             self._write(chunk)
         return [self._outcome(chunk) for chunk in chunks]
