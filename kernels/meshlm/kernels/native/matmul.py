@@ -94,7 +94,7 @@ def read_row(matrix: PackedMatrix, row: int, *, library: Library | None = None) 
 
 def reference_quantize_activations(x: torch.Tensor) -> torch.Tensor:
     """The activations that a product with a quantized weight sees: rounded and multiplied back, float64."""
-    grouped = x.view(x.shape[0], -1, GROUP)
+    grouped = x.view(x.shape[0], x.shape[1] // GROUP, GROUP)
     scales = grouped.abs().amax(-1, keepdim=True) / _MOST
     codes = torch.where(scales > 0, torch.round(grouped / scales), 0.0)
     return (codes.double() * scales.double()).view(x.shape)
