@@ -1,5 +1,6 @@
 # What a person does with this repository; `make` prints it.
-# Each target installs what it needs, once: the stamps in .venv are newer than pyproject.toml and constraints.txt.
+# Each target installs what it needs, once: the stamps in .venv are newer than pyproject.toml, constraints.txt and the
+# native kernels' sources.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,22 +8,24 @@ PROTOS_VENV := .venv-protos
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --constraint constraints.txt
 
+NATIVE := kernels/meshlm/kernels/native
 RUN_STAMP := $(VENV)/.installed-run
+NATIVE_STAMP := $(VENV)/.installed-native
 DEV_STAMP := $(VENV)/.installed-dev
 PROTOS_STAMP := $(PROTOS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check protos bench model install clean
+.PHONY: help demo up test check check-native protos bench model install clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(RUN_STAMP) ## from nothing to a streamed, guarded, cached, traced answer of a real model
+demo: $(NATIVE_STAMP) ## from nothing to a streamed, guarded, cached, traced answer of a real model
 	@$(PY) -m meshlm.mesh.cli model fetch
 	@$(PY) -m meshlm.mesh.cli demo
 
-up: $(RUN_STAMP) ## run the mesh on this machine until Ctrl-C
+up: $(NATIVE_STAMP) ## run the mesh on this machine until Ctrl-C
 	@$(PY) -m meshlm.mesh.cli model fetch
 	@$(PY) -m meshlm.mesh.cli up
 
@@ -46,6 +49,12 @@ check: $(DEV_STAMP) $(PROTOS_STAMP) ## formatting, lint, types, who imports whom
 	protos/generate.sh "$(CURDIR)/$(PROTOS_VENV)/bin/python" "$$fresh" && \
 	diff -r -x __pycache__ "$$fresh" protos/gen || { echo "protos/gen is not what protos/ says: run 'make protos'"; exit 1; }
 
+check-native: $(DEV_STAMP) ## the native kernels' tests with address and undefined-behaviour checks (needs g++)
+	$(PY) -m meshlm.kernels.native.build --sanitize
+	MESHLM_NATIVE_SANITIZED=1 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	$(PY) -m pytest tests/kernels -k native
+
 protos: $(PROTOS_STAMP) ## make the stubs in protos/gen anew
 	protos/generate.sh "$(CURDIR)/$(PROTOS_VENV)/bin/python"
 
@@ -59,8 +68,9 @@ model: $(RUN_STAMP) ## fetch the model that demo and tests run on
 
 install: $(DEV_STAMP) ## make .venv with everything for work on this repository
 
-clean: ## remove .venv, .venv-protos and every tool's cache; fetched models stay
+clean: ## remove .venv, .venv-protos, what was compiled and every tool's cache; fetched models stay
 	rm -rf $(VENV) $(PROTOS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(NATIVE)/_native_* $(NATIVE)/_build_*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -71,12 +81,16 @@ $(PY):
 		echo "$(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)."; exit 1; }
 
 # torch comes first and by this one spec: asked for in any other way, some indexes add gigabytes of CUDA.
-$(RUN_STAMP): pyproject.toml constraints.txt | $(PY)
+$(RUN_STAMP): pyproject.toml constraints.txt hatch_build.py | $(PY)
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[worker,local]'
 	@touch $@
 
-$(DEV_STAMP): $(RUN_STAMP)
+$(NATIVE_STAMP): $(RUN_STAMP) $(NATIVE)/build.py $(wildcard $(NATIVE)/src/*)
+	@$(PY) -m meshlm.kernels.native.build
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP) | $(NATIVE_STAMP)
 	$(PIP) --editable '.[worker,local,dev,test]'
 	@touch $@
 

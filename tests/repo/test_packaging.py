@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from meshlm.kernels.native import build
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("kernels", "chassis", "router", "worker", "guard", "cache", "mesh", "v1")
@@ -42,16 +45,50 @@ def test_every_part_is_packaged_and_can_be_installed_editable(project: dict[str,
     assert {f"{folder}/meshlm" for folder in project["tool"]["mypy"]["mypy_path"]} == wanted
 
 
-def test_a_wheel_holds_every_module_of_the_tree(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True, timeout=280)
-    (wheel,) = tmp_path.glob("*.whl")
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+def test_a_wheel_holds_every_module_of_the_tree(wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
     tree = set()
     for part in PARTS:
         base = folder_of(part).parents[1]
         tree |= {str(path.relative_to(base)) for path in folder_of(part).rglob("*.py")}
     assert packed == tree
+
+
+def test_a_wheel_brings_the_native_kernels_and_says_for_which_machine(wheel: Path, tmp_path: Path) -> None:
+    try:
+        build.find_compiler()
+    except build.NoCompilerError as error:
+        pytest.skip(str(error))
+    libraries = {f"meshlm/kernels/native/{build.library_path(isa).name}" for isa in build.buildable_isas()}
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if name.endswith((".so", "_unbuilt.txt"))} == libraries
+        archive.extractall(tmp_path)
+    platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    # The libraries of the unpacked wheel, not of this tree.
+    code = "from meshlm.kernels.native import library, build; print(library.open_library().isa, build.FOLDER)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
+    )
+    isa, folder = result.stdout.split()
+    assert isa in build.ISAS
+    assert folder == str(tmp_path / "meshlm/kernels/native")
+
+
+def test_an_sdist_can_build_the_native_kernels(project: dict[str, Any]) -> None:
+    targets = project["tool"]["hatch"]["build"]["targets"]
+    assert {"/hatch_build.py", "/kernels"} <= set(targets["sdist"]["include"])
+    assert "custom" in targets["wheel"]["hooks"]
+    assert (ROOT / "hatch_build.py").is_file()
 
 
 def modules_loaded_by(module: str) -> set[str]:

@@ -124,13 +124,24 @@ def _compile(compiler: list[str], isas: Sequence[str], sanitized: bool, sources:
         def link(isa: str) -> None:
             target = folder / f"{isa}.so"
             objects = [str(folder / f"{isa}_{unit.stem}.o") for unit in units]
-            _run([*compiler, "-shared", "-pthread", *(mode if sanitized else _PORTABLE), *objects, "-o", str(target)])
+            command = [*compiler, "-shared", "-pthread", *objects, "-o", str(target)]
+            if sanitized:
+                _run([*command, *mode])
+            else:
+                _link_portable(command)
             target.replace(library_path(isa, sanitized))
 
         for job in [pool.submit(compile_unit, isa, unit) for unit in units for isa in isas]:
             job.result()
         for job in [pool.submit(link, isa) for isa in isas]:
             job.result()
+
+
+def _link_portable(command: list[str]) -> None:
+    try:
+        _run([*command, *_PORTABLE])
+    except BuildError:  # some systems come without the C++ runtime's archive
+        _run(command)
 
 
 def _run(command: list[str]) -> None:
