@@ -120,6 +120,24 @@ def test_a_turn_is_kept_until_there_are_blocks_enough() -> None:
     assert b.finished["wide"].reason is Finish.LENGTH
 
 
+def test_a_flood_does_not_get_the_others_refused() -> None:
+    b = bench(scheduling=SchedulerSettings(max_running=1, max_waiting=6, chunk_tokens=64, step_tokens=80))
+    flood(b, "flood", 6)
+    flood(b, "other", 5)
+    flood(b, "third", 1)
+    b.drain()
+    refused = {name for name, end in b.finished.items() if end.reason is Finish.OVERLOADED}
+    # Six places: the others take the latest of the flood until it has no more than they, the third one of three.
+    assert refused == {"flood003", "flood004", "flood005", "other003", "other004", "flood002"}
+
+
+def test_a_single_tenants_flood_refuses_the_latest() -> None:
+    b = bench(scheduling=SchedulerSettings(max_running=1, max_waiting=6, chunk_tokens=64, step_tokens=80))
+    flood(b, "flood", 8)
+    b.drain()
+    assert [b.finished[f"flood00{i}"].reason is Finish.OVERLOADED for i in range(8)] == [False] * 6 + [True] * 2
+
+
 backlogs = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=8)
 
 

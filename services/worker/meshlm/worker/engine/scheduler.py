@@ -96,7 +96,7 @@ class Scheduler:
         sequence = Sequence(request, request.prompt + request.generated)
         if not self._tables.possible(sequence):
             self._news.finished.append(finished(sequence, Finish.TOO_LONG, now))
-        elif not request.admitted and self.waiting.unstarted >= self.settings.max_waiting:
+        elif not request.admitted and not self._has_place(request.tenant, now):
             self._news.finished.append(finished(sequence, Finish.OVERLOADED, now))
         else:
             self._live[sequence.id] = sequence
@@ -184,6 +184,15 @@ class Scheduler:
             freed_after_cancel_total=self.totals.freed_after_cancel,
             out_of_memory_total=self.totals.out_of_memory,
         )
+
+    def _has_place(self, tenant: str, now: float) -> bool:
+        """Whether the queue takes another one; it may cost a tenant with more places one of them."""
+        if self.waiting.unstarted < self.settings.max_waiting:
+            return True
+        displaced = self.waiting.to_displace(tenant)
+        if displaced is not None:
+            self._end(displaced, Finish.OVERLOADED, now)
+        return displaced is not None
 
     # Who goes on?
 

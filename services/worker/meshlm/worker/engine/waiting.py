@@ -8,6 +8,8 @@
 - Within a tenant: by rank. With a single tenant all this is the order of ranks.
 - A tenant whose turn it was and whose sequence did not find enough blocks keeps its turn, or others' smaller sequences
   would for ever take the blocks that come free.
+- Places in the queue are shared too: where it is full, the tenant with most of them loses its last one to a tenant that
+  has fewer, so that a flood does not get the others refused.
 
 Nothing starves, with finitely many tenants: take the sequence with the least rank of all. Its priority goes first until
 it starts. Whoever starts before it is of a tenant served no more than its own, and is charged for it; counters of
@@ -81,6 +83,18 @@ class WaitingQueue:
                     if ready(sequence):
                         return sequence
         return None
+
+    def to_displace(self, tenant: str) -> Sequence | None:
+        """Who leaves a full queue so that `tenant` gets a place: of the tenant with most places the last sequence that
+        never ran. None where no tenant has more than `tenant` would then have."""
+        places: dict[str, list[Sequence]] = {}
+        for sequence in self:
+            if sequence.preemptions == 0:
+                places.setdefault(sequence.request.tenant, []).append(sequence)
+        most = max(places.values(), key=len, default=[])
+        if len(most) <= len(places.get(tenant, [])) + 1:
+            return None
+        return max((one for one in most if not one.request.admitted), key=self._rank, default=None)
 
     def keep_turn(self, sequence: Sequence) -> None:
         """There were too few blocks for `sequence`: its tenant stays the next of its priority."""
