@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from meshlm.worker.front.engine_client import EngineClient
 from meshlm.worker.front.engine_process import EngineSettings
 from meshlm.worker.front.measures import Measures
 from meshlm.worker.front.plans import Plan
-from meshlm.worker.front.streams import Choice, Generation
+from meshlm.worker.front.read_plans import ReadPlan
+from meshlm.worker.front.reads import Reads
+from meshlm.worker.front.streams import Choice, Generation, Phases
 from meshlm.worker.messages import Finish, Finished, Limits, Load, NewToken, Sampling, Started
 
 
@@ -40,6 +43,8 @@ class Rig:
             choices=1,
             priority=0,
             cache_salt=b"",
+            tenant="",
+            kv=None,
             resume_from=0,
             return_token_ids=False,
         )
@@ -88,6 +93,29 @@ def test_spans_and_histograms_show_where_the_time_went(rig: Rig) -> None:
     assert metrics[Name.SERVER_TTFT].sum == 2.5
     assert metrics[Name.SERVER_TPOT].sum == 0.25  # 1 s for the 4 tokens after the first
     assert metrics[Name.SERVER_DURATION].sum == 3.5
+
+
+def test_a_resumed_stream_is_no_faster_than_the_tokens_that_were_drawn(rig: Rig) -> None:
+    plan = replace(rig.generation.plan, generated=[97] * 3)
+    resumed = Choice(0, plan, fake_tokenizer())
+    resumed.advance([NewToken("", 97)] * 3)  # made elsewhere
+    end = Finished(id="", reason=Finish.LENGTH, arrival=1.0, first_scheduled=1.5, first_token=2.0, ended=4.0)
+    resumed.advance([Started("", 0, 1.5), *[NewToken("", 97)] * 5, end])
+    rig.generation.choices[:] = [resumed]
+    rig.measures.record(rig.generation)
+    assert rig.metrics()[Name.SERVER_TPOT].sum == 0.5  # 2 s for the 4 tokens after the first
+
+
+def test_texts_that_are_read_show_their_wait_and_their_prefill(rig: Rig) -> None:
+    texts = [[1] * 10, [2] * 5]
+    plan = ReadPlan(texts=texts, pool="mean", priority=0, cache_salt=b"", tenant="", deadline=None)
+    reads = Reads(rig.client, plan)
+    reads.phases, reads.cached = Phases(arrival=1.0, first_scheduled=1.5, ended=4.0), 8
+    rig.measures.record_reads(reads)
+    assert [seconds(rig.span(name)) for name in ("engine.queue", "engine.prefill")] == [0.5, 2.5]
+    told = dict(rig.span("engine.prefill").attributes or {})
+    assert (told[Name.INPUT_TOKENS], told[Name.CACHED_TOKENS], told[Name.OPERATION]) == (15, 8, "embeddings")
+    assert rig.metrics()[Name.SERVER_DURATION].sum == 3.0
 
 
 def test_a_call_cancelled_while_it_waits_shows_its_wait_and_nothing_else(rig: Rig) -> None:

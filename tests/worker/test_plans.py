@@ -8,6 +8,7 @@ import pytest
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
+from meshlm.worker.engine.budgets import Budgets
 from meshlm.worker.fake import END, FakeRunner, FakeSettings
 from meshlm.worker.fake_tokenizer import fake_tokenizer
 from meshlm.worker.front.plans import Plan, make_plan
@@ -19,18 +20,21 @@ PROMPTS = Prompts(fake_tokenizer())
 
 
 BUDGETED = msgspec.structs.replace(FACTS, kv_budgets=True, max_context=256, total_blocks=8)
+BUDGETS = Budgets(block_size=16, chunk_tokens=32)
 WINDOW = pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=64)
 
 
 async def plan_of(prompt: str = "hello", seconds: float | None = None, **sampling: Any) -> Plan:
     generation = pb.Generation(input=pb.Input(prompt=prompt), sampling=pb.Sampling(**sampling))
     request = worker_pb2.RunGenerationRequest(generation=generation, cache_salt=b"salt", tenant="acme")
-    return await make_plan(request, PROMPTS, FACTS, "fake", seconds)
+    return await make_plan(request, PROMPTS, FACTS, BUDGETS, "fake", seconds)
 
 
 async def kept(policy: pb.KvPolicy, prompt: str = "hello", facts: ModelFacts = BUDGETED) -> Plan:
     generation = pb.Generation(input=pb.Input(prompt=prompt), kv_policy=policy)
-    return await make_plan(worker_pb2.RunGenerationRequest(generation=generation), PROMPTS, facts, "fake", None)
+    return await make_plan(
+        worker_pb2.RunGenerationRequest(generation=generation), PROMPTS, facts, BUDGETS, "fake", None
+    )
 
 
 async def test_unset_fields_take_the_neutral_values_of_the_contract() -> None:
@@ -83,8 +87,8 @@ async def test_a_kv_policy_reaches_the_engine_with_its_defaults() -> None:
     assert (await kept(WINDOW)).submit("a", 0).kv == KvBudget(policy="window", tokens=64, sinks=16)
     bare = pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=64, sinks=0)
     assert (await kept(bare)).submit("a", 0).kv == KvBudget(policy="window", tokens=64, sinks=0)
-    important = pb.KvPolicy(mode=pb.KvPolicy.MODE_IMPORTANCE, tokens=99)
-    assert (await kept(important)).submit("a", 0).kv == KvBudget(policy="importance", tokens=99)
+    important = pb.KvPolicy(mode=pb.KvPolicy.MODE_IMPORTANCE, tokens=90)
+    assert (await kept(important)).submit("a", 0).kv == KvBudget(policy="importance", tokens=90)
     assert (await kept(pb.KvPolicy(mode=pb.KvPolicy.MODE_FULL))).submit("a", 0).kv is None
 
 
@@ -93,9 +97,17 @@ async def test_with_a_kv_budget_the_model_and_not_the_memory_limits_the_length()
     with pytest.raises(MeshError) as caught:
         await kept(pb.KvPolicy(), "x" * 200)
     assert caught.value.reason is Reason.CONTEXT_TOO_LONG
+
+
+@pytest.mark.parametrize("tokens", [96, 97])
+async def test_a_budget_for_which_there_is_no_room_beside_a_chunk_is_refused(tokens: int) -> None:
+    policy = pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=tokens)  # 8 blocks of 16, and chunks of 32 tokens
+    if tokens == 96:
+        assert (await kept(policy)).kv is not None
+        return
     with pytest.raises(MeshError) as caught:
-        await kept(pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=128), "x" * 200)  # it is no less than all there is
-    assert caught.value.metadata["max_context"] == "128"
+        await kept(policy)
+    assert caught.value.metadata["field"] == "generation.kv_policy.tokens"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +120,7 @@ async def test_with_a_kv_budget_the_model_and_not_the_memory_limits_the_length()
         (pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=63), "tokens"),
         (pb.KvPolicy(mode=pb.KvPolicy.MODE_IMPORTANCE, tokens=(1 << 20) + 1), "tokens"),
         (pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=64, sinks=33), "sinks"),
+        (pb.KvPolicy(mode=pb.KvPolicy.MODE_IMPORTANCE, tokens=1 << 20), "tokens"),
         (pb.KvPolicy(mode=pb.KvPolicy.MODE_IMPORTANCE, tokens=64, sinks=1), "sinks"),
         (pb.KvPolicy(sinks=0), "sinks"),
     ],
@@ -153,4 +166,4 @@ async def test_a_tokenizer_with_more_tokens_than_the_model_cannot_harm_the_engin
     assert caught.value.metadata["field"] == "generation.input.chat"
     request = worker_pb2.RunGenerationRequest(generation=pb.Generation(input=pb.Input(prompt="hi")))
     smaller = msgspec.structs.replace(FACTS, vocab_size=END)
-    assert (await make_plan(request, PROMPTS, smaller, "fake", None)).limits.stop_token_ids == frozenset()
+    assert (await make_plan(request, PROMPTS, smaller, BUDGETS, "fake", None)).limits.stop_token_ids == frozenset()

@@ -7,84 +7,27 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshlm.chassis.channels import open_channel
-from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
+from meshlm.chassis.errors import MeshError, Reason
 from meshlm.v1 import generation_pb2 as pb
-from meshlm.v1 import worker_pb2, worker_pb2_grpc
+from meshlm.v1 import worker_pb2
 from meshlm.worker.fake import CRASH, HANG, KILL, OUT_OF_MEMORY, expected_tokens
 from meshlm.worker.messages import Sampling
+from tests.worker.workers import STARTING_SECONDS, Worker, error_of, running
 
 pytestmark = pytest.mark.mesh
 
-STARTING_SECONDS = 60
-METHODS = ["RunGeneration", "CountInputTokens", "WatchLoad"]
-
-
-class Worker:
-    """A running worker and a channel to it."""
-
-    def __init__(self, folder: Path, **config: object) -> None:
-        self.address = f"unix:{folder}/worker"
-        said = {"engine": "fake", "server__listen": self.address, "server__admin_listen": ""} | config
-        variables = {f"MESHLM__WORKER__{key}".upper(): str(value) for key, value in said.items()}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "meshlm.worker.main"],
-            env={**os.environ, **variables, "MESHLM__TELEMETRY__LOG_LEVEL": "error"},
-        )
-        self.channel = open_channel(self.address)
-        self.stub: Any = worker_pb2_grpc.WorkerServiceStub(self.channel)
-        self.health: Any = health_pb2_grpc.HealthStub(self.channel)
-
-    def call(self, prompt: str = "hello", timeout: float | None = 30, **sampling: Any) -> Any:
-        drawn = pb.Sampling(**{"temperature": 0, "max_tokens": 6} | sampling)
-        generation = pb.Generation(input=pb.Input(prompt=prompt), sampling=drawn, return_token_ids=True)
-        return self.stub.RunGeneration(worker_pb2.RunGenerationRequest(generation=generation), timeout=timeout)
-
-    async def state(self) -> worker_pb2.WatchLoadResponse:
-        watch = self.stub.WatchLoad(worker_pb2.WatchLoadRequest(watcher="test"), wait_for_ready=True)
-        state: worker_pb2.WatchLoadResponse = await watch.read()
-        watch.cancel()
-        return state
-
-    async def until(self, condition: Callable[[worker_pb2.WatchLoadResponse], bool], seconds: float = 20.0) -> None:
-        async with asyncio.timeout(seconds):
-            while not condition(await self.state()):
-                await asyncio.sleep(0.02)
-
-    async def serving(self) -> bool:
-        answer = await self.health.Check(health_pb2.HealthCheckRequest(service="meshlm.v1.WorkerService"))
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-    async def end(self) -> int:
-        self.process.terminate()
-        return await asyncio.to_thread(self.process.wait, 30)
-
-
-@asynccontextmanager
-async def running(**config: object) -> AsyncIterator[Worker]:
-    with tempfile.TemporaryDirectory(prefix="meshlm-") as folder:
-        worker = Worker(Path(folder), **config)
-        try:
-            await worker.until(lambda state: state.ready, STARTING_SECONDS)
-            yield worker
-        finally:
-            await worker.channel.close()
-            worker.process.kill()
-            worker.process.wait()
+METHODS = ["RunGeneration", "Score", "Embed", "CountInputTokens", "WatchLoad"]
 
 
 async def collect(call: Any) -> list[worker_pb2.RunGenerationResponse]:
@@ -97,12 +40,6 @@ def answer(responses: list[worker_pb2.RunGenerationResponse]) -> list[int]:
 
 def expected(prompt: str, count: int) -> list[int]:
     return expected_tokens(list(prompt.encode()), Sampling(temperature=0), count)
-
-
-async def error_of(awaitable: Any) -> MeshError:
-    with pytest.raises(grpc.RpcError) as caught:
-        await awaitable
-    return from_rpc_error(caught.value)
 
 
 async def test_sigterm_lets_streams_end_refuses_new_calls_and_exits_with_zero() -> None:
@@ -281,7 +218,7 @@ async def test_the_engine_is_gone_when_the_worker_was_killed() -> None:
 
 async def outcome(worker: Worker, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
     """How a call with these bytes ends."""
-    unary = method == "CountInputTokens"
+    unary = method in ("Score", "Embed", "CountInputTokens")
     make = worker.channel.unary_unary if unary else worker.channel.unary_stream
     call = make(f"/meshlm.v1.WorkerService/{method}")(data, timeout=20)
     try:

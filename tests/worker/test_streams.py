@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,14 +13,13 @@ from hypothesis import strategies as st
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
-from meshlm.worker.engine.scheduler import SchedulerSettings
-from meshlm.worker.fake import END, KILL, FakeSettings, expected_tokens
+from meshlm.worker.fake import END, KILL, expected_tokens
 from meshlm.worker.fake_tokenizer import fake_tokenizer
 from meshlm.worker.front.engine_client import EngineClient, Event
-from meshlm.worker.front.engine_process import EngineSettings
 from meshlm.worker.front.plans import Plan
 from meshlm.worker.front.streams import Choice, Generation
 from meshlm.worker.messages import Finish, Finished, Limits, NewToken, Sampling, Started, TokenLogprob
+from tests.worker.workers import engine as running
 
 TOKENIZER = fake_tokenizer()
 GREEDY = Sampling(temperature=0)
@@ -137,27 +134,8 @@ def test_resumed_text_is_the_rest_of_the_first_stream(text: str, stops: list[str
         assert after[0].token_offset == cut
 
 
-@asynccontextmanager
-async def running(**fake: float) -> AsyncIterator[EngineClient]:
-    async def on_able(able: bool, why: str) -> None: ...
-
-    settings = EngineSettings(
-        kind="fake",
-        runner=msgspec.to_builtins(FakeSettings(**fake)),  # type: ignore[arg-type]
-        scheduler=SchedulerSettings(max_running=2, max_waiting=2),
-        log_level="error",
-    )
-    client = EngineClient(settings, on_able=on_able, backoff_seconds=0.05)
-    await client.start()
-    try:
-        yield client
-    finally:
-        await client.stop()
-        assert client.blocks_left in (0, None)
-
-
-async def collect(client: EngineClient, made: Plan) -> list[worker_pb2.RunGenerationResponse]:
-    async with aclosing(Generation(client, made, TOKENIZER).responses("rev")) as responses:
+async def collect(client: EngineClient, made: Plan, interval: float = 0.0) -> list[worker_pb2.RunGenerationResponse]:
+    async with aclosing(Generation(client, made, TOKENIZER, interval=interval).responses("rev")) as responses:
         return [response async for response in responses]
 
 
@@ -179,6 +157,40 @@ async def test_a_call_is_accepted_streamed_and_ended_with_usage_that_only_grows(
     assert responses[-1].usage == pb.Usage(prompt_tokens=5, completion_tokens=5)
     assert responses[-1].end.timing.prefill >= 0.005
     assert responses[-1].end.timing.decode >= 4 * 0.005
+
+
+@pytest.mark.mesh
+async def test_the_first_token_comes_at_once_and_later_ones_together() -> None:
+    async with running(step_seconds=0.002) as client:
+        responses = await collect(client, plan(max_tokens=200), interval=0.4)
+    counts = [response.chunk.token_count for response in responses if response.HasField("chunk")]
+    assert counts[0] == 1
+    assert sum(counts) == 200
+    assert len(counts) < 30  # 0.4 s of steps of 2 ms and some, in tenths of a second: one stream is no crowd
+    assert answer(responses) == bytes(expected_tokens(list(b"hello"), GREEDY, 200))
+
+
+@pytest.mark.mesh
+async def test_a_long_interval_holds_back_neither_the_end_nor_an_error() -> None:
+    async with running(step_seconds=0.002) as client, asyncio.timeout(20):
+        assert len(answer(await collect(client, plan(max_tokens=3), interval=3600.0))) == 3
+        with pytest.raises(MeshError) as caught:
+            await collect(client, plan(KILL, max_tokens=50), interval=3600.0)
+        assert caught.value.reason is Reason.ENGINE_LOST
+
+
+@pytest.mark.mesh
+async def test_a_reader_that_does_not_read_gets_the_rest_in_one_message_when_it_does() -> None:
+    async with running(step_seconds=0.001) as client:
+        slow = Generation(client, plan(max_tokens=1500), TOKENIZER)
+        async with aclosing(slow.responses("")) as responses:
+            first = [await anext(responses) for _ in range(2)]  # accepted, and the first token
+            async with asyncio.timeout(60):
+                while client.load is None or client.load.steps_total < 1500 or client.load.running:
+                    await asyncio.sleep(0.01)
+            rest = [response async for response in responses]
+    assert first[1].chunk.token_count == 1
+    assert [response.chunk.token_count for response in rest] == [1499, 0]  # the rest, and the end
 
 
 @pytest.mark.mesh

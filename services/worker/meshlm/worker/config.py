@@ -57,6 +57,9 @@ class WorkerConfig:
     block_size: int = 16
     # How much is done at once.
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    # Seconds between two messages of a stream where 16 or more run, but for its first and last token: what is made
+    # meanwhile goes into one message. With fewer streams less, down to a quarter of it. 0: a message a token.
+    stream_interval: float = 0.1
     # Most tokens of all texts of one Score or Embed.
     max_read_tokens: int = 65536
     # Seconds without a step, with work to do, after which the engine is killed and started again: more than the longest
@@ -70,6 +73,8 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         if self.engine == "torch" and self.model_path is None:
             raise ValueError("model_path is required")
+        if self.stream_interval < 0:
+            raise ValueError("stream_interval must be at least 0")
         if self.hang_seconds <= 0 or self.load_seconds <= 0:
             raise ValueError("hang_seconds and load_seconds must be above 0")
         if min(self.kv_memory, self.block_size, self.max_read_tokens) < 1:

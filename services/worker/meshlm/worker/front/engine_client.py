@@ -41,6 +41,8 @@ WATCH_WAIT_SECONDS = 1.0  # and something every second
 LONGEST_BACKOFF_SECONDS = 30.0
 LONG_LIFE_SECONDS = 60.0  # an engine that lived so long is started again without a pause
 STOP_SECONDS = 10.0  # for the step under way
+CROWD = 16  # streams
+LEAST_CROWDING = 0.25
 LOADING_TOLD_SECONDS = 5.0  # between two lines of the log on a long load
 LAST_WORDS_SECONDS = 0.1  # what a dead engine had sent before is still read
 
@@ -57,10 +59,14 @@ class EngineStream:
     """The events of one sequence. Use as a context manager: leaving it early cancels the sequence.
 
     Iterate for batches of whatever came since the last look; or wait for `arrived`, which streams may share, and
-    `take` from each.
+    `take` from each. For a while after a look that found tokens, at most `interval` seconds, `arrived` is not set for
+    further ones: a message on its way to a caller costs the machine a hundred times what a token more in it does.
+    Starts, ends and losses, and tokens after a pause, are told at once.
     """
 
-    def __init__(self, client: EngineClient, sequence_id: str, arrived: asyncio.Event) -> None:
+    def __init__(
+        self, client: EngineClient, sequence_id: str, arrived: asyncio.Event, *, interval: float = 0.0
+    ) -> None:
         self.id = sequence_id
         self.arrived = arrived
         self.started = False  # left the waiting queue
@@ -68,23 +74,44 @@ class EngineStream:
         self._client = client
         self._events: list[Event] = []
         self._lost: EngineLost | None = None
+        self._interval = interval
+        self._quiet_until = 0.0  # seconds, `time.monotonic`
+        self._alarm: asyncio.TimerHandle | None = None  # set while events wait for the end of the interval
 
     def take(self) -> list[Event]:
         """What came since the last call. Raises EngineLost, after the events that came before the loss."""
-        if not self._events and self._lost is not None:
-            raise self._lost
+        if self._lost is not None:
+            if not self._events:
+                raise self._lost
+            self.arrived.set()  # there is one more thing to be told
         events, self._events = self._events, []
+        self._silence()
+        if self._interval and any(isinstance(event, NewToken) for event in events):
+            # To the end of an interval that all streams share: what goes out together wakes every service once.
+            interval = self._interval * self._client.crowding
+            self._quiet_until = (time.monotonic() // interval + 1) * interval
         return events
 
     def push(self, event: Event) -> None:
         self._events.append(event)
         self.started = True  # a sequence that ends while it waits does not wait either
         self.ended = self.ended or isinstance(event, Finished)
-        self.arrived.set()
+        if not isinstance(event, NewToken):
+            self.arrived.set()
+        elif self._alarm is None:
+            if time.monotonic() >= self._quiet_until:
+                self.arrived.set()
+            else:
+                self._alarm = asyncio.get_running_loop().call_at(self._quiet_until, self.arrived.set)
 
     def lose(self, error: EngineLost) -> None:
         self._lost, self.ended = error, True
         self.arrived.set()
+
+    def _silence(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
     def cancel(self) -> None:
         """Asks the engine to end the sequence; its `Finished` still comes."""
@@ -108,6 +135,7 @@ class EngineStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._silence()
         self.cancel()
         self._client.forget(self.id)
 
@@ -163,6 +191,11 @@ class EngineClient:
         return sum(not stream.started for stream in self._streams.values())
 
     @property
+    def crowding(self) -> float:
+        """What share of its interval a stream waits between two messages: the fewer streams, the less they cost."""
+        return min(1.0, max(LEAST_CROWDING, len(self._streams) / CROWD))
+
+    @property
     def waiting_limit(self) -> int:
         return self._settings.scheduler.max_waiting
 
@@ -189,16 +222,16 @@ class EngineClient:
         with contextlib.suppress(asyncio.CancelledError):
             await self._supervisor
 
-    def submit(self, request: Submit, arrived: asyncio.Event | None = None) -> EngineStream:
+    def submit(self, request: Submit, arrived: asyncio.Event | None = None, *, interval: float = 0.0) -> EngineStream:
         """Hands a sequence to the engine. `prompt` is not empty and its ids are in the vocabulary.
 
-        `arrived` is set at each of its events. Raises EngineLost where no engine is ready.
+        `arrived` and `interval` (seconds): see EngineStream. Raises EngineLost where no engine is ready.
         """
         if self._engine is None or self._stopping:
             raise EngineLost("the engine is not ready")
         if not request.prompt or request.limits.max_tokens < 1:
             raise ValueError("a sequence has a token before it and at least one behind")
-        stream = EngineStream(self, request.id, arrived or asyncio.Event())
+        stream = EngineStream(self, request.id, arrived or asyncio.Event(), interval=interval)
         if not self._streams:
             self._last_progress = time.monotonic()  # until now there was no work to make progress on
         self._streams[request.id] = stream

@@ -8,13 +8,13 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from meshlm.worker.engine.process import ProcessSettings
 from meshlm.worker.engine.scheduler import SchedulerSettings
@@ -46,10 +46,12 @@ class EngineProcess:
             log_level=settings.log_level,
             log_format=settings.log_format,
         )
-        self._context = zmq.asyncio.Context()
-        # Two sockets, because a socket that is read by asyncio must not be written outside of it.
-        self._send: zmq.Socket[bytes] = zmq.Context.shadow(self._context.underlying).socket(zmq.PUSH)
+        self._context = zmq.Context()
+        self._send = self._context.socket(zmq.PUSH)
         self._receive = self._context.socket(zmq.PULL)
+        # Read by a callback of the event loop: zmq.asyncio takes twice the time for a message, which is a step's.
+        self._received: deque[bytes] = deque()
+        self._arrived = asyncio.Event()
         self._send.set_hwm(0)
         self._receive.set_hwm(0)
         self._encode = msgspec.msgpack.Encoder().encode
@@ -64,6 +66,7 @@ class EngineProcess:
     async def start(self) -> None:
         self._send.bind(self._settings.inbox)
         self._receive.bind(self._settings.outbox)
+        asyncio.get_running_loop().add_reader(self._receive.FD, self._read_all)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -79,8 +82,18 @@ class EngineProcess:
             self._send.send(self._encode(message), zmq.NOBLOCK)
 
     async def receive(self) -> FromEngine:
-        message: FromEngine = self._decode(await self._receive.recv())
+        while not self._received:
+            self._arrived.clear()
+            await self._arrived.wait()
+        message: FromEngine = self._decode(self._received.popleft())
         return message
+
+    def _read_all(self) -> None:
+        """The descriptor tells once that something changed: only after zmq said that nothing is left does it again."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._received.append(self._receive.recv(zmq.NOBLOCK))
+        self._arrived.set()
 
     async def wait(self) -> int:
         """The exit code; negative for a signal's number."""
@@ -92,6 +105,8 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
+        if not self._receive.closed:
+            asyncio.get_running_loop().remove_reader(self._receive.FD)
         self._send.close(linger=0)
         self._receive.close(linger=0)
         self._context.term()

@@ -12,6 +12,7 @@ from meshlm.chassis.errors import MeshError, Reason, invalid
 from meshlm.chassis.validation import KV_SINKS, check_generation, keeps_part
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
+from meshlm.worker.engine.budgets import Budgets
 from meshlm.worker.front.prompts import Prompts
 from meshlm.worker.messages import KvBudget, Limits, ModelFacts, Sampling, Submit
 
@@ -67,7 +68,12 @@ class Plan:
 
 
 async def make_plan(
-    request: worker_pb2.RunGenerationRequest, prompts: Prompts, facts: ModelFacts, model: str, seconds: float | None
+    request: worker_pb2.RunGenerationRequest,
+    prompts: Prompts,
+    facts: ModelFacts,
+    budgets: Budgets,
+    model: str,
+    seconds: float | None,
 ) -> Plan:
     """`seconds`: until the caller's deadline. Raises MeshError: REQUEST_INVALID, MODEL_UNKNOWN, CONTEXT_TOO_LONG."""
     generation = request.generation
@@ -78,7 +84,7 @@ async def make_plan(
         raise MeshError(Reason.MODEL_UNKNOWN, "this worker has no such adapter", metadata={"model": model})
     _check_resumption(request, facts)
     _check_token_ids(generation.sampling, facts)
-    kv = _kv_budget(generation.kv_policy, facts)
+    kv = _kv_budget(generation.kv_policy, facts, budgets)
     prompt = await prompts.encode(
         generation.input, control_tokens=request.allow_control_tokens, vocab_size=facts.vocab_size
     )
@@ -110,16 +116,22 @@ def check_tenant(tenant: str) -> None:
         raise invalid("tenant", f"longer than {MAX_TENANT_BYTES} bytes")
 
 
-def _kv_budget(policy: pb.KvPolicy, facts: ModelFacts) -> KvBudget | None:
-    """Raises MeshError REQUEST_INVALID where this engine cannot drop tokens."""
+def _kv_budget(policy: pb.KvPolicy, facts: ModelFacts, budgets: Budgets) -> KvBudget | None:
+    """Raises MeshError REQUEST_INVALID where this engine cannot drop tokens, or not so that the budget is kept."""
     if not keeps_part(policy):
         return None
     if not facts.kv_budgets:
         raise invalid("generation.kv_policy.mode", f"this worker's engine ({facts.engine}) keeps all tokens")
     if policy.mode == pb.KvPolicy.MODE_IMPORTANCE:
-        return KvBudget(policy="importance", tokens=policy.tokens)
-    sinks = policy.sinks if policy.HasField("sinks") else KV_SINKS
-    return KvBudget(policy="window", tokens=policy.tokens, sinks=sinks)
+        budget = KvBudget(policy="importance", tokens=policy.tokens)
+    else:
+        sinks = policy.sinks if policy.HasField("sinks") else KV_SINKS
+        budget = KvBudget(policy="window", tokens=policy.tokens, sinks=sinks)
+    if not budgets.possible(budget, facts.total_blocks):
+        raise invalid(
+            "generation.kv_policy.tokens", "too few for what always stays, or more than the worker has room for"
+        )
+    return budget
 
 
 def _check_resumption(request: worker_pb2.RunGenerationRequest, facts: ModelFacts) -> None:
@@ -136,10 +148,9 @@ def _check_token_ids(sampling: pb.Sampling, facts: ModelFacts) -> None:
 
 
 def longest_sequence(facts: ModelFacts, kv: KvBudget | None = None) -> int:
-    """Most tokens of a sequence, prompt and answer: what the model knows, and what the KV cache has room for. With a
-    budget that the cache can hold, the model alone limits it."""
-    held = facts.total_blocks * facts.block_size
-    return facts.max_context if kv is not None and kv.tokens < held else min(facts.max_context, held)
+    """Most tokens of a sequence, prompt and answer: what the model knows, and unless there is a budget, what the KV
+    cache has room for."""
+    return facts.max_context if kv is not None else min(facts.max_context, facts.total_blocks * facts.block_size)
 
 
 def _room(prompt: list[int], facts: ModelFacts, kv: KvBudget | None) -> int:

@@ -15,6 +15,7 @@ from meshlm.chassis.life import Life
 from meshlm.chassis.validation import check_input
 from meshlm.v1 import worker_pb2, worker_pb2_grpc
 from meshlm.worker.config import WorkerConfig
+from meshlm.worker.engine.budgets import Budgets
 from meshlm.worker.front.engine_client import EngineClient
 from meshlm.worker.front.measures import Measures
 from meshlm.worker.front.plans import make_plan
@@ -51,9 +52,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.RunGenerationRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[worker_pb2.RunGenerationResponse, None]:
         model = self._ready_model()
-        seconds = seconds_left(context)
-        plan = await make_plan(request, model.prompts, model.facts, self._config.model_name, seconds)
-        generation = Generation(self._client, plan, model.prompts.tokenizer)
+        facts, seconds = model.facts, seconds_left(context)
+        budgets = Budgets(facts.block_size, self._config.scheduler.chunk_tokens)
+        plan = await make_plan(request, model.prompts, facts, budgets, self._config.model_name, seconds)
+        interval = self._config.stream_interval
+        generation = Generation(self._client, plan, model.prompts.tokenizer, interval=interval)
         try:
             async with aclosing(generation.responses(model.revision)) as responses:
                 async for response in responses:

@@ -160,11 +160,13 @@ class Choice:
 class Generation:
     """All choices of one request at the engine."""
 
-    def __init__(self, client: EngineClient, plan: Plan, tokenizer: Tokenizer) -> None:
+    def __init__(self, client: EngineClient, plan: Plan, tokenizer: Tokenizer, *, interval: float = 0.0) -> None:
+        """`interval`: seconds between two messages of a choice where many streams run, see EngineStream."""
         self.plan = plan
         self.choices: list[Choice] = []
         self._client = client
         self._tokenizer = tokenizer
+        self._interval = interval
         self._arrived = asyncio.Event()
         self._streams: dict[Choice, EngineStream] = {}
 
@@ -236,7 +238,8 @@ class Generation:
     def _open(self, choice: Choice, sequences: ExitStack) -> None:
         request = self.plan.submit(f"{next(_sequence_numbers)}", choice.index)
         try:
-            self._streams[choice] = sequences.enter_context(self._client.submit(request, self._arrived))
+            stream = self._client.submit(request, self._arrived, interval=self._interval)
+            self._streams[choice] = sequences.enter_context(stream)
         except EngineLost as error:
             raise engine_lost(error) from None
 
