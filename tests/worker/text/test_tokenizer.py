@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import socket
 import subprocess
 import sys
+import unicodedata
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 
 from meshlm.worker.loading.errors import ModelFileError
@@ -46,6 +49,13 @@ AWKWARD = [
     "\x00\x01 control",
 ]
 
+MARKUP = [
+    "<start_of_turn>user\nHi there<end_of_turn>\n",
+    "<h1>Title</h1>\n\n\n\n<b>x</b>",
+    "        deep\n\t\t\tindent",
+    " <|im_start|> hello",
+]
+
 
 def random_strings(count: int) -> list[str]:
     source = random.Random(0)
@@ -60,13 +70,17 @@ def tokenizer(smollm2_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def llama_cpp(smollm2_path: Path) -> Callable[[str, bool], list[int]]:
+    return llama_cpp_ids(smollm2_path)
+
+
+def llama_cpp_ids(path: Path) -> Callable[[str, bool], list[int]]:
     """llama.cpp's tokenize endpoint: (text, parse control tokens) to ids."""
     xllamacpp = pytest.importorskip("xllamacpp")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     params = xllamacpp.CommonParams()
-    params.model.path = str(smollm2_path)
+    params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.port, params.verbosity, params.warmup = 128, 1, port, 0, False
     params.hostnames = ["127.0.0.1"]
     server = xllamacpp.Server(params)
@@ -92,6 +106,22 @@ def test_ids_equal_llama_cpps_on_awkward_and_random_strings(
         assert tokenizer.encode(text, parse_control=True) == llama_cpp(text, True), text
     for text in AWKWARD:
         assert tokenizer.encode(text) == llama_cpp(text, False), text
+
+
+@pytest.mark.model
+@pytest.mark.oracle
+def test_ids_of_other_models_equal_llama_cpps() -> None:
+    """Of GGUF files that whoever has them names: Qwen2's and Gemma's ways of tokenizing."""
+    paths = [Path(name) for name in os.environ.get("MESHLM_TEST_MODELS", "").split(os.pathsep) if name]
+    if not paths:
+        pytest.skip("MESHLM_TEST_MODELS names no GGUF files")
+    for path in paths:
+        ours, theirs = Tokenizer.load(path), llama_cpp_ids(path)
+        # llama.cpp does not compose accents as Qwen's own tokenizer.json does.
+        texts = [unicodedata.normalize("NFC", text) for text in AWKWARD + MARKUP + random_strings(300)]
+        for text in texts:
+            assert ours.encode(text, parse_control=True) == theirs(text, True), (path, text)
+            assert ours.decode(ours.encode(text), skip_control=False) == text
 
 
 @pytest.mark.model
@@ -174,3 +204,46 @@ def test_a_control_token_never_comes_out_of_merges() -> None:
     tokens = ["<unk>", "\u2581", "<", "s", ">", "<s", "<s>"]
     backend = scored_tokenizer(Path("m.gguf"), tokens, [0.0] * 7, [2, 1, 1, 1, 1, 1, 3], 0, False)
     assert backend.encode("<s>").tokens == ["<s", ">"]
+
+
+def write_vocabulary(path: Path, architecture: str) -> Path:
+    """A SentencePiece vocabulary of letters, with the byte tokens that stand for what is in none."""
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "<|end|>",
+    ]
+    types = [2, 3, 3] + [6] * 256 + [1] * 4 + [3]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types(types)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_phi3s_control_tokens_swallow_the_white_space_behind_them(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_vocabulary(tmp_path / "m.gguf", "phi3"))
+    spelled = [tokenizer.token_text(index) for index in tokenizer.encode("<|end|>\n b<s> b", parse_control=True)]
+    assert spelled == ["<|end|>", " ", "b", "<s>", " ", " ", "b"]
+
+
+def test_other_models_control_tokens_leave_white_space_alone(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_vocabulary(tmp_path / "m.gguf", "llama"))
+    assert tokenizer.encode("<|end|>\nb", parse_control=True)[1:] == tokenizer.encode("\nb")
+
+
+def test_bytes_of_characters_outside_the_vocabulary_are_spelled_and_come_back(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_vocabulary(tmp_path / "m.gguf", "llama"))
+    ids = tokenizer.encode("a\u00e9")
+    assert [tokenizer.token_bytes(index) for index in ids] == [b" a", b"\xc3", b"\xa9"]
+    assert tokenizer.decode(ids) == "a\u00e9"

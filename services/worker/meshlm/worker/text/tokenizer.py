@@ -20,6 +20,8 @@ from meshlm.worker.loading.json_file import read_json
 from meshlm.worker.text.vocabulary import VocabularyError, byte_level_tokenizer, scored_tokenizer, token_bytes_table
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
+# Phi-3's tokens swallow the white space behind them, but for these. GGUF files do not say so; llama.cpp knows it too.
+_PHI3_KEEPS_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +119,13 @@ def _from_gguf(file: GgufFile) -> Tokenizer:
         backend = scored_tokenizer(file.path, tokens, scores, types, unknown, prefix)
     else:
         raise ModelFileError(file.path, f"the tokenizer model {kind!r} is unknown; known: gpt2, llama")
+    phi3 = kind == "llama" and file.require("general.architecture") == "phi3"
     for special, wanted in ((True, _CONTROL), (False, _USER_DEFINED)):
         chosen = [token for token, type_id in zip(tokens, types, strict=True) if type_id == wanted]
-        added = [AddedToken(token, special=special, normalized=False) for token in chosen]
+        added = [
+            AddedToken(token, special=special, normalized=False, rstrip=phi3 and token not in _PHI3_KEEPS_SPACE)
+            for token in chosen
+        ]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     eos = {meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     facts = TokenizerFacts(

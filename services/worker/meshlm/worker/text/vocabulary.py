@@ -36,6 +36,7 @@ def byte_level_tokenizer(path: Path, tokens: list[str], merges: list[str], pre: 
             ]
         ),
         "llama-bpe": _split_by(_SPLIT_LLAMA3),
+        "dbrx": _split_by(_SPLIT_LLAMA3),  # Phi-4
         "qwen2": _split_by(_SPLIT_QWEN2),
     }
     if pre not in splits:
