@@ -35,6 +35,7 @@ COMMANDS = (
     Command("config", "the configuration in force, and where it came from", "show"),
     Command("key", "make keys for callers", "keys"),
     Command("model", "fetch the model that demo and tests run on", "model"),
+    Command("quantize", "measure how small a model's weights may be, and how good it is then", "quantize"),
     Command("demo", "see it all in a minute, on a mesh of its own", "demo"),
 )
 

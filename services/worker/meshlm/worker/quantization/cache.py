@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from meshlm.worker.quantization.plan import Format, Plan
+from meshlm.worker.config import default_cache_dir
+from meshlm.worker.loading.revision import model_revision
+from meshlm.worker.quantization.plan import AUTO, INT4, INT8, NONE, Format, Plan
+
+log = structlog.get_logger()
 
 _VERSION = 1  # of what is kept: plans of another one are measured anew
 
@@ -70,3 +75,26 @@ def kept(folder: Path, revision: str) -> Measured | None:
         return Measured(formats, importance, **rest)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
+
+
+def plans_folder() -> Path:
+    """Beside the digests of model files, in the user's cache folder."""
+    return default_cache_dir().with_name("quantization")
+
+
+def plan_for(quantization: str, path: Path) -> Plan:
+    """The plan of a worker's setting `quantization` for the model at `path`: none, int8, int4 or auto.
+
+    `auto` takes the plan that `meshlm quantize` kept for these weights, and the default one where there is none.
+    Raises ModelFileError: the model cannot be read.
+    """
+    if quantization != "auto":
+        return {plan.name: plan for plan in (NONE, INT8, INT4)}[quantization]
+    folder = plans_folder()
+    # Reading every byte of a model to name it is worth while only where some plan could have that name.
+    measured = kept(folder, model_revision(path, default_cache_dir())) if folder.is_dir() else None
+    if measured is None:
+        log.info("default plan for weights; `meshlm quantize` measures one for this model", model=str(path))
+        return AUTO
+    log.info("plan for weights as measured", model=str(path), bits=round(measured.bits, 2), kl=round(measured.kl, 5))
+    return measured.plan

@@ -72,6 +72,9 @@ NONE = Plan("none", Format.DENSE, keep_blocks=False)
 INT8 = Plan("int8", Format.INT8)
 INT4 = Plan("int4", Format.INT4, most_bits=4)  # who asks for 4 bits gets no matrix above them
 
+# For a model that was not measured. docs/quantization.md has the figures behind it.
+AUTO = Plan("auto", Format.INT8)
+
 
 def quantized_matrix(
     checkpoint: Checkpoint, name: str, rows: int, cols: int, plan: Plan
