@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 AIM = 0.9  # of the room that the promise leaves; the rest is for what measurements cannot foresee
-FIRST_TOKENS = 16  # at most so many join where no step with prompt tokens is known
+FIRST_TOKENS = 8  # at most so many join where no step with prompt tokens is known
 SAMPLES = 2
 FRESH = 60  # steps
 NEAR = 1.25  # ratio of numbers of decodes
