@@ -14,6 +14,20 @@ from meshlm.worker.engine.scheduler import SchedulerSettings
 from meshlm.worker.fake import FakeSettings
 
 
+_RUNNER_FIELDS = (
+    "engine",
+    "quantization",
+    "kv_dtype",
+    "device",
+    "dtype",
+    "threads",
+    "max_context",
+    "kv_memory",
+    "kv_blocks",
+    "block_size",
+)
+
+
 def default_cache_dir() -> Path:
     """`meshlm/digests` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -37,15 +51,19 @@ class WorkerConfig:
     model_path: Path | None = None
     # Folder that keeps digests of model files, so that they are read for it once.
     cache_dir: Path = field(default_factory=default_cache_dir)
+    # What computes. `auto`: the native kernels on a CPU (torch where they could not be built), torch on a GPU.
     # `fake` makes letters without a model: for tests of everything around one.
-    engine: Literal["torch", "fake"] = "torch"
-    # `auto`: int8 weights on a CPU that can multiply them, else none.
-    quantization: Literal["none", "int8", "auto"] = "auto"
+    engine: Literal["auto", "native", "torch", "fake"] = "auto"
+    # Weights of the native engine. `auto`: a GGUF file's own blocks, and for float weights the fewest bits within a
+    # bound on quality, see docs/quantization.md. `int8` and `int4` are for all matrices; `none` keeps the file's floats.
+    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"
+    # KV cache. `auto`: bfloat16 natively, else `dtype`.
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     # Where the model runs, as torch names it: cpu, cuda, cuda:1.
     device: str = "cpu"
-    # Type of activations and KV cache.
+    # Type of torch's weights and activations; the native engine's are float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Threads of a step; unset: torch's choice.
+    # Threads of a step; unset: the physical cores.
     threads: int | None = None
     # Most tokens of input and answer together; unset: the model's own limit.
     max_context: int | None = None
@@ -71,7 +89,7 @@ class WorkerConfig:
     fake: FakeSettings = field(default_factory=FakeSettings)
 
     def __post_init__(self) -> None:
-        if self.engine == "torch" and self.model_path is None:
+        if self.engine != "fake" and self.model_path is None:
             raise ValueError("model_path is required")
         if self.stream_interval < 0:
             raise ValueError("stream_interval must be at least 0")
@@ -98,5 +116,6 @@ class WorkerConfig:
         if self.engine == "fake":
             fields: dict[str, Any] = msgspec.to_builtins(self.fake)
             return fields
-        names = ("quantization", "device", "dtype", "threads", "max_context", "kv_memory", "kv_blocks", "block_size")
-        return {"model": str(self.model_path)} | {name: getattr(self, name) for name in names}
+        own = {name: getattr(self, name) for name in _RUNNER_FIELDS}
+        steps = {"step_tokens": self.scheduler.step_tokens, "max_running": self.scheduler.max_running}
+        return {"model": str(self.model_path)} | own | steps

@@ -38,7 +38,7 @@ class WorkerService:
         self._config = config
         self._life: Life | None = None
         settings = EngineSettings(
-            kind=config.engine,
+            kind="fake" if config.engine == "fake" else "model",
             runner=config.runner,
             scheduler=config.scheduler,
             log_level=telemetry.log_level,

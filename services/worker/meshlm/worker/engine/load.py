@@ -5,24 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import structlog
 import torch
 
-from meshlm.kernels.linear import int8_supported
+from meshlm.kernels.native.library import Library, NativeUnavailableError, Pool, open_library
+from meshlm.kernels.native.ops import Cache, CacheShape
+from meshlm.worker.engine.native_runner import NativeRunner
 from meshlm.worker.engine.runner import TorchRunner
-from meshlm.worker.engine.sequence import Chunk, Sequence
-from meshlm.worker.loading.checkpoint import open_checkpoint
-from meshlm.worker.loading.rotated import rotated
+from meshlm.worker.engine.sequence import Chunk, Runner, Sequence
+from meshlm.worker.loading.checkpoint import Checkpoint, open_checkpoint
 from meshlm.worker.messages import Limits, ModelFacts, Sampling, Submit
-from meshlm.worker.models.config import ModelConfig
-from meshlm.worker.models.layers import Placement
-from meshlm.worker.models.registry import load_model
+from meshlm.worker.models.dense_weights import DenseWeights
+from meshlm.worker.models.native_decoder import NativeDecoder, PackedWeights
+from meshlm.worker.models.registry import load_decoder
+from meshlm.worker.models.torch_decoder import TorchDecoder
+from meshlm.worker.quantization.plan import INT4, INT8, NONE, Plan, quantized_matrix
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WARM_UP_STEPS = 3
+NATIVE_BLOCK = 16  # tokens; native blocks are multiples of it
+SPIN_US = 200  # a thread that waits for the next step spins so long, then sleeps
 
 LoadProgress = Callable[[str, int, int], None]  # (stage: "load" or "warm_up", done, total)
+
+log = structlog.get_logger()
 
 
 class SettingsError(ValueError):
@@ -34,69 +42,153 @@ class RunnerSettings:
     """What a worker's config says about its model. `kv_blocks`, where set, wins over `kv_memory`."""
 
     model: Path  # a GGUF file or a Hugging Face folder
-    quantization: Literal["none", "int8", "auto"] = "auto"  # auto: int8 on a CPU that can, else none
+    engine: Literal["auto", "native", "torch"] = "auto"  # auto: native on a CPU where its library is there
+    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"  # auto: bfloat16 natively, else `dtype`
     kv_memory: int = 1 << 30  # bytes
     kv_blocks: int | None = None
     block_size: int = 16  # tokens, a power of two
     max_context: int | None = None  # tokens; None is the model's own
-    threads: int | None = None  # None leaves torch's choice
+    threads: int | None = None  # None leaves torch's choice, the physical cores
     device: str = "cpu"  # as torch names it: "cpu", "cuda", "cuda:1"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of torch's weights and activations
+    step_tokens: int = 544  # most of a step
+    max_running: int = 32  # most sequences of a step
 
 
-def load_runner(settings: RunnerSettings, progress: LoadProgress) -> TorchRunner:
+def load_runner(settings: RunnerSettings, progress: LoadProgress) -> Runner:
     """Read the model, allocate the cache, run the first steps. Raises ModelFileError and SettingsError."""
-    placement = _placement(settings)
+    _check(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     checkpoint = open_checkpoint(settings.model)
-    max_context = min(settings.max_context or checkpoint.config.max_context, checkpoint.config.max_context)
-    config, dtype = replace(checkpoint.config, max_context=max_context), placement.dtype
-    checkpoint = replace(checkpoint, config=config)
-    block_bytes = config.kv_bytes_per_token(dtype.itemsize) * settings.block_size
-    blocks = settings.kv_blocks if settings.kv_blocks is not None else settings.kv_memory // block_bytes
-    if blocks < 1:
-        raise SettingsError(f"kv_memory is {settings.kv_memory} bytes; one block of this model takes {block_bytes}")
-    source = rotated(checkpoint) if placement.int8 else checkpoint
-    model = load_model(source, placement, lambda done, total: progress("load", done, total))
-    facts = ModelFacts(
-        architecture=config.architecture,
-        vocab_size=config.vocab_size,
-        max_context=max_context,
-        block_size=settings.block_size,
-        total_blocks=blocks,
-        weight_bytes=model.weight_bytes,
-        kv_bytes=blocks * block_bytes,
-        quantization="int8" if placement.int8 else "none",
-        parameters=config.parameters,
+    context = min(settings.max_context or checkpoint.config.max_context, checkpoint.config.max_context)
+    checkpoint = replace(checkpoint, config=replace(checkpoint.config, max_context=context))
+    library = _native_library(settings)
+    runner = (
+        _torch_runner(settings, checkpoint, progress)
+        if library is None
+        else _native_runner(settings, checkpoint, library, progress)
     )
-    runner = TorchRunner(model, facts, dtype, placement.device)
-    _warm_up(runner, config, progress)
+    _warm_up(runner, progress)
     return runner
 
 
-def _placement(settings: RunnerSettings) -> Placement:
+def _check(settings: RunnerSettings) -> None:
     device, size = torch.device(settings.device), settings.block_size
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"device {settings.device!r}: torch sees no CUDA device")
     if size < 1 or size & (size - 1):
         raise SettingsError(f"block_size {size} is not a power of two")
-    if settings.quantization == "int8" and not int8_supported(device):
-        raise SettingsError(f"quantization int8 runs on CPUs with fbgemm only, not on {settings.device!r}")
-    if settings.quantization == "int8" and settings.dtype != "float32":
-        raise SettingsError("quantization int8 computes in float32; set dtype to float32")
-    int8 = settings.quantization == "int8" or (
-        settings.quantization == "auto" and settings.dtype == "float32" and int8_supported(device)
+    if settings.quantization == "fp8":
+        raise SettingsError("quantization fp8 needs a GPU that multiplies it, which this engine cannot use yet")
+    if settings.engine == "native" and device.type != "cpu":
+        raise SettingsError(f"the native engine runs on CPUs only, not on {settings.device!r}")
+
+
+def _native_library(settings: RunnerSettings) -> Library | None:
+    """The native kernels, or None where torch is to run. Raises SettingsError where they were asked for and cannot be."""
+    if settings.engine == "torch" or torch.device(settings.device).type != "cpu":
+        return None
+    try:
+        library = open_library()
+    except NativeUnavailableError as error:
+        if settings.engine == "native":
+            raise SettingsError(f"the native engine: {error}") from None
+        log.warning(
+            "torch runs the model, for the native kernels are missing: answers take some five times as long, and the "
+            "weights several times the memory",
+            reason=str(error),
+        )
+        return None
+    if settings.block_size % NATIVE_BLOCK:
+        raise SettingsError(f"block_size {settings.block_size}: the native engine wants multiples of {NATIVE_BLOCK}")
+    return library
+
+
+def _native_runner(
+    settings: RunnerSettings, checkpoint: Checkpoint, library: Library, progress: LoadProgress
+) -> NativeRunner:
+    config = checkpoint.config
+    plan = _plan(settings)
+    kv_dtype = "bfloat16" if settings.kv_dtype == "auto" else settings.kv_dtype
+    shape = CacheShape(config.layers, 0, config.kv_heads, settings.block_size, config.head_dim, kv_dtype)
+    block_bytes = Cache(library, shape).block_bytes * config.layers * config.kv_heads
+    blocks = _blocks(settings, block_bytes)
+    weights = PackedWeights(
+        checkpoint, library, lambda name, rows, cols: quantized_matrix(checkpoint, name, rows, cols, plan)
     )
-    return Placement(device, _DTYPES[settings.dtype], int8)
+    decoder = load_decoder(checkpoint, weights, lambda done, total: progress("load", done, total))
+    cache = Cache(library, replace(shape, blocks=blocks))
+    pool = Pool(library, settings.threads or torch.get_num_threads(), SPIN_US)
+    native = NativeDecoder(
+        decoder, cache, library, pool, max_rows=settings.step_tokens, max_outputs=settings.max_running
+    )
+    facts = ModelFacts(
+        **_facts(settings, checkpoint, blocks, block_bytes),
+        weight_bytes=native.weight_bytes,
+        quantization=plan.name,
+        chunk_invariant=True,
+        kv_budgets=True,
+        kv_dtype=kv_dtype,
+        engine=f"native ({library.isa})",
+    )
+    return NativeRunner(native, facts, max_rows=settings.step_tokens, max_outputs=settings.max_running)
 
 
-def _warm_up(runner: TorchRunner, config: ModelConfig, progress: LoadProgress) -> None:
+def _torch_runner(settings: RunnerSettings, checkpoint: Checkpoint, progress: LoadProgress) -> TorchRunner:
+    if settings.quantization in ("int8", "int4"):
+        raise SettingsError(f"quantization {settings.quantization} needs the native engine")
+    if settings.kv_dtype not in ("auto", settings.dtype):
+        raise SettingsError(f"kv_dtype {settings.kv_dtype}: torch's KV cache is of `dtype`, {settings.dtype}")
+    config, dtype, device = checkpoint.config, _DTYPES[settings.dtype], torch.device(settings.device)
+    block_bytes = config.kv_bytes_per_token(dtype.itemsize) * settings.block_size
+    blocks = _blocks(settings, block_bytes)
+    decoder = load_decoder(
+        checkpoint, DenseWeights(checkpoint, device, dtype), lambda done, total: progress("load", done, total)
+    )
+    model = TorchDecoder(decoder)
+    facts = ModelFacts(
+        **_facts(settings, checkpoint, blocks, block_bytes),
+        weight_bytes=model.weight_bytes,
+        quantization="none",
+        kv_dtype=settings.dtype,
+        engine="torch",
+    )
+    return TorchRunner(model, facts, dtype, device)
+
+
+def _plan(settings: RunnerSettings) -> Plan:
+    return {"none": NONE, "int8": INT8, "int4": INT4, "auto": replace(INT8, name="auto")}[settings.quantization]
+
+
+def _blocks(settings: RunnerSettings, block_bytes: int) -> int:
+    blocks = settings.kv_blocks if settings.kv_blocks is not None else settings.kv_memory // block_bytes
+    if blocks < 1:
+        raise SettingsError(f"kv_memory is {settings.kv_memory} bytes; one block of this model takes {block_bytes}")
+    return blocks
+
+
+def _facts(settings: RunnerSettings, checkpoint: Checkpoint, blocks: int, block_bytes: int) -> dict[str, Any]:
+    config = checkpoint.config
+    return {
+        "architecture": config.architecture,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "max_context": config.max_context,
+        "block_size": settings.block_size,
+        "total_blocks": blocks,
+        "kv_bytes": blocks * block_bytes,
+        "parameters": config.parameters,
+    }
+
+
+def _warm_up(runner: Runner, progress: LoadProgress) -> None:
     """Prefill and decode a throw-away sequence in the still empty cache: the first steps pay for lazy setup."""
-    size = runner.facts.block_size
-    prompt = [index % config.vocab_size for index in range(min(size, runner.facts.max_context) - 1)] or [0]
+    facts = runner.facts
+    prompt = [index % facts.vocab_size for index in range(min(facts.block_size, facts.max_context) - 1)] or [0]
     request = Submit(id="warm-up", prompt=prompt, sampling=Sampling(), limits=Limits(max_tokens=_WARM_UP_STEPS))
-    sequence = Sequence(request, [*prompt, 0], blocks=[0] * (1 + size))
+    sequence = Sequence(request, [*prompt, 0], blocks=[0] * (1 + facts.block_size))
     for step in range(_WARM_UP_STEPS):
         chunk = Chunk(sequence, 0, len(prompt), True) if step == 0 else Chunk(sequence, len(prompt), 1, True)
         runner.run([chunk])

@@ -41,7 +41,7 @@ class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True):
     inbox: str  # zmq address; the front binds, and pushes ToEngine
     outbox: str  # zmq address; the front binds, and pulls FromEngine
     parent: int  # process id of the front
-    kind: Literal["torch", "fake"]
+    kind: Literal["model", "fake"]
     runner: dict[str, Any]  # RunnerSettings or FakeSettings
     scheduler: SchedulerSettings
     log_level: Literal["debug", "info", "warning", "error"] = "info"

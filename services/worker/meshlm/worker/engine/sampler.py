@@ -61,13 +61,7 @@ class Sampler:
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
         """logits: (len(sequences), vocab) float32, overwritten. Entry i is the next token of sequences[i]."""
-        reports = {
-            row: _Report(logits[row], sequence.request.sampling.logprobs)
-            for row, sequence in enumerate(sequences)
-            if sequence.request.sampling.logprobs is not None
-        }
-        for row, sequence in enumerate(sequences):
-            self._adjust(logits[row], sequence)
+        reports = self.prepare(logits, sequences)
         drawn = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
         tokens = logits.argmax(-1).tolist() if len(drawn) < len(sequences) else [0] * len(sequences)
         if drawn:
@@ -75,6 +69,29 @@ class Sampler:
             for row, token in zip(drawn, _draw(part, [sequences[row] for row in drawn]), strict=True):
                 tokens[row] = token
         return [reports[row].sampled(token) if row in reports else Sampled(token) for row, token in enumerate(tokens)]
+
+    def adjusts(self, sequence: Sequence) -> bool:
+        """Whether `prepare` has anything to do for the next token of a sequence."""
+        sampling, limits = sequence.request.sampling, sequence.request.limits
+        return bool(
+            sampling.logprobs is not None
+            or sampling.logit_bias
+            or _penalized(sampling)
+            or sequence.output_length < limits.min_tokens
+        )
+
+    @torch.inference_mode()
+    def prepare(self, logits: torch.Tensor, sequences: list[Sequence]) -> dict[int, Report]:
+        """What comes before temperature and draw: bias, penalties and minimum length, in place on (rows, vocab) logits;
+        and by row the log-probabilities of the model's own distribution, where a request wants them."""
+        reports = {
+            row: Report(logits[row], sequence.request.sampling.logprobs)
+            for row, sequence in enumerate(sequences)
+            if sequence.request.sampling.logprobs is not None
+        }
+        for row, sequence in enumerate(sequences):
+            self._adjust(logits[row], sequence)
+        return reports
 
     def _adjust(self, row: torch.Tensor, sequence: Sequence) -> None:
         """Minimum length, bias and penalties, in place on one row (vocab,)."""
@@ -101,7 +118,7 @@ def _penalized(sampling: Sampling) -> bool:
     return sampling.repetition_penalty != 1.0 or bool(sampling.presence_penalty or sampling.frequency_penalty)
 
 
-class _Report:
+class Report:
     """Log-probabilities of one row as the model gave them, kept before the row is overwritten."""
 
     def __init__(self, row: torch.Tensor, count: int | None) -> None:

@@ -28,7 +28,9 @@ class Sequence:
     tokens: list[int]  # prompt, then output
     blocks: list[int] = field(default_factory=list)  # block table: cache index i lies in blocks[i // block_size]
     computed: int = 0
-    evicted: int = 0  # computed tokens no longer in the cache: position p lies at cache index p - evicted, if it still does
+    evicted: int = (
+        0  # computed tokens no longer in the cache: position p lies at cache index p - evicted, if it still does
+    )
     hashes: list[bytes] = field(default_factory=list)  # prefix hash of each full block, see `blocks.py`
     cached: int = 0  # prompt tokens found in the prefix cache at the first admission
     status: Status = Status.WAITING
@@ -64,6 +66,12 @@ class Chunk:
     start: int
     count: int
     sample: bool
+
+
+def scored_positions(chunk: Chunk) -> tuple[int, int]:
+    """The positions whose tokens are scored with a chunk, from where to where: each is behind one that it computes."""
+    end = min(chunk.start + chunk.count + 1, len(chunk.sequence.tokens))
+    return min(max(chunk.start + 1, chunk.sequence.request.score_from or 0), end), end
 
 
 @dataclass(slots=True, frozen=True)

@@ -24,7 +24,7 @@ from meshlm.worker.messages import FromEngine, ToEngine
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Which engine to start."""
 
-    kind: Literal["torch", "fake"]
+    kind: Literal["model", "fake"]
     runner: dict[str, Any]  # RunnerSettings or FakeSettings
     scheduler: SchedulerSettings = SchedulerSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
