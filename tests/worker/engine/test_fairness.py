@@ -206,10 +206,11 @@ def test_one_tenant_starts_in_the_order_of_ranks_and_all_end_with_any_number(
 
 def test_counters_of_tenants_that_left_nothing_behind_are_forgotten() -> None:
     shares = Shares()
+    shares.start("standing", 7)
     for i in range(3 * FORGET_FROM):
-        shares.join(f"t{i}", ["standing"])
-        shares.start("standing", 1)
+        shares.join(f"t{i}", {"standing"})
+        assert shares.served("standing") == shares.served(f"t{i}") == 7
     assert len(shares._served) <= FORGET_FROM + 1
     shares.start("standing", 100)
-    shares.join("new", ["standing"])
-    assert shares.served("new") == shares.served("standing")
+    shares.join("new", {"standing"})
+    assert shares.served("new") == shares.served("standing") == 107

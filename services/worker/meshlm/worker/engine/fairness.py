@@ -13,7 +13,8 @@ by no more than twice that (theorem 4.4 there).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Set
 
 INPUT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
@@ -24,18 +25,19 @@ class Shares:
     """The counters, by tenant."""
 
     def __init__(self) -> None:
-        self._served: dict[str, int] = {}
+        self._served: defaultdict[str, int] = defaultdict(int)
         self._level = 0  # the counter of the tenant that started last, as it was then
 
     def served(self, tenant: str) -> int:
         return self._served.get(tenant, 0)
 
-    def join(self, tenant: str, waiting: Iterable[str]) -> None:
+    def join(self, tenant: str, waiting: Set[str]) -> None:
         """A tenant with nothing waiting sends a sequence, while the tenants `waiting` have some."""
         level = min(map(self.served, waiting), default=self._level)
         if len(self._served) >= FORGET_FROM:
-            # Who has no more than the level would be lifted to it on return, and needs no counter until then.
-            self._served = {name: served for name, served in self._served.items() if served > level}
+            # Who has nothing waiting and no more than the level would be lifted to it on return.
+            kept = {name: served for name, served in self._served.items() if served > level or name in waiting}
+            self._served = defaultdict(int, kept)
         self._served[tenant] = max(self.served(tenant), level)
 
     def start(self, tenant: str, computed: int) -> None:
@@ -45,4 +47,4 @@ class Shares:
 
     def draw(self, tenant: str) -> None:
         """A token was drawn."""
-        self._served[tenant] = self.served(tenant) + OUTPUT_WEIGHT
+        self._served[tenant] += OUTPUT_WEIGHT

@@ -3,8 +3,8 @@
 A waiting sequence whose next missing block is claimed by a running one waits for it, and those behind it pass. It holds
 nothing meanwhile, and a running prefill never waits for a waiting sequence, so there is no circle. It is not put off
 for ever: the claims of a sequence end with its prefill, however that ends, and a sequence is put off a second time only
-where more of its prefix is known than the last time, which is at most once for each of its blocks. Where the claimer ranks
-behind it, no more others pass than the claimer has chunks left: nobody starts in a step in which it got none.
+where more of its prefix is known than the last time, which is at most once for each of its blocks. Where the claimer
+ranks behind it, no more others pass than the claimer has chunks left: nobody starts in a step in which it got none.
 """
 
 from __future__ import annotations
