@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,15 @@ def test_a_kept_plan_comes_back_and_a_damaged_one_is_as_none(tmp_path: Path) -> 
     assert path == plan_path(tmp_path / "new", "r1")
     path.write_bytes(path.read_bytes()[:-5])
     assert kept(tmp_path / "new", "r1") is None
+
+
+def test_where_the_file_has_quantized_everything_there_is_nothing_to_measure() -> None:
+    plain = tiny_checkpoint()
+    blocks = {name: quantize_groups(matrix, 4, True) for name, matrix in ScoredModel(plain).matrices.items()}
+    model = ScoredModel(replace(plain, read_quantized=blocks.get))
+    told: list[int] = []
+    measured, found = measure_plan(model, texts(), Request(), lambda done, total: told.append(done))
+    assert (measured.formats, found, told) == ({}, [], [])
+    shrunk, _ = measure_plan(model, texts(), Request(shrink=True), lambda done, total: told.append(done))
+    assert shrunk.formats.keys() == blocks.keys()
+    assert not shrunk.keep_blocks

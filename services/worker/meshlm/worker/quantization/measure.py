@@ -36,11 +36,13 @@ def measure_plan(
     steadier estimate: a thousand tokens tell it to a few percent. What is chosen by adding up is then measured as a
     whole, and where it is above the bound chosen anew with less. The model's matrices are as before afterwards.
     """
-    bound = math.log1p(request.rise)
+    bound, tokens = math.log1p(request.rise), sum(len(text) for text in texts)
+    parts = parts_of(open_matrices(model, request.shrink), model.decoder.config.layers)
+    if not parts:
+        return Measured({}, {}, not request.shrink, bound, 0.0, tokens, 0.0), []
     exact = reference(model, texts)
     salience = importance(model, texts)
-    parts = parts_of(open_matrices(model, request.shrink), model.decoder.config.layers)
-    sensitivities = measure(model, exact, parts, salience, told) if parts else []
+    sensitivities = measure(model, exact, parts, salience, told)
     names = [name for part in parts for name in part.names]
     budget = bound
     for attempt in range(_TRIES):
@@ -53,7 +55,6 @@ def measure_plan(
             break
         budget *= _TIGHTER * bound / kl
     used = {name: values for name, values in salience.items() if name in formats}
-    tokens = sum(len(text) for text in texts)
     measured = Measured(formats, used, not request.shrink, bound, kl, tokens, _bits(parts, chosen))
     return measured, sensitivities
 
@@ -71,5 +72,4 @@ def keeps_blocks(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _bits(parts: Sequence[Part], chosen: Mapping[str, Format]) -> float:
-    weights = sum(part.weights for part in parts)
-    return sum(BITS[chosen[part.label]] * part.weights for part in parts) / weights if weights else 0.0
+    return sum(BITS[chosen[part.label]] * part.weights for part in parts) / sum(part.weights for part in parts)
