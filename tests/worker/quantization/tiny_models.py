@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from meshlm.worker.loading.checkpoint import Checkpoint
 from meshlm.worker.models.config import ModelConfig
+from meshlm.worker.text.vocabulary import byte_alphabet
 
 CONFIG = ModelConfig(
     architecture="llama",
-    vocab_size=96,
+    vocab_size=257,  # a token a byte, and one control token
     hidden_size=64,
     intermediate_size=128,
     layers=4,
@@ -52,3 +56,31 @@ def tiny_checkpoint(seed: int = 0) -> Checkpoint:
 def texts(count: int = 2, length: int = 40) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(9)
     return [torch.randint(0, CONFIG.vocab_size, (length,), generator=generator) for _ in range(count)]
+
+
+def write_folder(folder: Path) -> Path:
+    """The checkpoint as a Hugging Face folder, with a tokenizer of bytes."""
+    folder.mkdir()
+    checkpoint, c = tiny_checkpoint(), CONFIG
+    save_file({name: checkpoint.read(name).contiguous() for name in checkpoint.names}, folder / "model.safetensors")
+    config = {
+        "model_type": c.architecture,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": c.tied_head,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.BPE(vocab=dict(byte_alphabet().items()), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

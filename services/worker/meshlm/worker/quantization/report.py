@@ -88,7 +88,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("weights", lambda row: row.name),
     ("bits", lambda row: f"{row.bits:.2f}"),
     ("MB", lambda row: f"{row.megabytes:.0f}"),
-    ("of fp16", lambda row: f"-{row.saved:.0%}" if row.saved > 0 else "0%"),
+    ("of fp16", lambda row: f"{-row.saved:+.0%}"),
     ("perplexity", lambda row: f"{row.perplexity:.3f}"),
     ("rise", lambda row: f"{row.rise:+.2%}"),
     ("KL a token", lambda row: "" if row.kl is None else f"{row.kl:.5f}"),
