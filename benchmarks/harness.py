@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import venv
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,15 +52,20 @@ def against(name: str, unit: str, ours: Sequence[float], peer: str, theirs: Sequ
     return Row(name, unit, value, len(ours), spread(ours), peer, other, ratio, goal=goal)
 
 
-def options(description: str) -> argparse.Namespace:
+def option_parser(description: str) -> argparse.ArgumentParser:
+    """The options of every benchmark; one may add its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer runs: under two minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    return parser.parse_args()
+    return parser
 
 
-def report(theme: str, rows: Sequence[Row], file: Path | None) -> None:
-    """Print the table; write the JSON."""
+def options(description: str) -> argparse.Namespace:
+    return option_parser(description).parse_args()
+
+
+def report(theme: str, rows: Sequence[Row], file: Path | None, **more: Any) -> None:
+    """Print the table; write the JSON, with `more` beside the rows."""
     widths = (52, 10, 10, 34, 10, 8)
     print(_line(("figure", "value", "spread", "peer", "peer", "ratio"), widths))
     for row in rows:
@@ -68,6 +75,7 @@ def report(theme: str, rows: Sequence[Row], file: Path | None) -> None:
         print(_line(cells, widths) + (f"  goal: {row.goal}" if row.goal else ""))
     if file is not None:
         whole = {"theme": theme, "device": device(), "commit": commit(), "rows": [asdict(row) for row in rows]}
+        whole |= more
         file.write_text(json.dumps(whole, indent=2) + "\n")
 
 
@@ -91,12 +99,20 @@ def commit() -> str:
 
 
 class Peer:
-    """Another implementation in a process of its own, in an environment of its own: a JSON line in, a JSON line out."""
+    """Another implementation in a process of its own, in an environment of its own: a JSON line in, a JSON line out.
 
-    def __init__(self, script: str, requirements: Sequence[Sequence[str]], *arguments: str) -> None:
-        python = _environment(Path(script).stem, requirements)
+    `log`: where its standard error goes, instead of ours.
+    """
+
+    def __init__(
+        self, script: str, requirements: Sequence[Sequence[str]], *arguments: str, log: Path | None = None
+    ) -> None:
+        python = environment(Path(script).stem, requirements)
         command = [str(python), str(ROOT / "benchmarks/peers" / script), *arguments]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        with log.open("w") if log is not None else nullcontext() as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            )
         self.ready = self._read()
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -105,9 +121,19 @@ class Peer:
         self._process.stdin.flush()
         return self._read()
 
+    def pause(self) -> None:
+        """Stop all of its threads: threads that spin while they wait would slow down whoever is measured next."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.killpg(self._process.pid, signal.SIGCONT)
+
     def close(self) -> None:
+        """End it, paused or not."""
         if self._process.stdin is not None:
             self._process.stdin.close()
+        if self._process.poll() is None:
+            self.resume()
         self._process.wait(30)
 
     def _read(self) -> dict[str, Any]:
@@ -119,7 +145,17 @@ class Peer:
         return answer
 
 
-def _environment(name: str, requirements: Sequence[Sequence[str]]) -> Path:
+def peak_memory(pid: int) -> int:
+    """The most bytes of memory that the process and its children held; the sum of each one's own peak."""
+    process = Path("/proc") / str(pid)
+    peak = next(line for line in (process / "status").read_text().splitlines() if line.startswith("VmHWM"))
+    children = {
+        int(child) for task in (process / "task").iterdir() for child in (task / "children").read_text().split()
+    }
+    return int(peak.split()[1]) * 1024 + sum(peak_memory(child) for child in children)
+
+
+def environment(name: str, requirements: Sequence[Sequence[str]]) -> Path:
     """The interpreter of a peer's environment, made on the first use. Each list is one call of pip, in order."""
     folder = ROOT / f".venv-{name}"
     python = folder / "bin/python"

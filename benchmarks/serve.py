@@ -38,11 +38,12 @@ REQUIREMENTS = (("torch==2.13.0",), ("transformers==5.23.0", "accelerate>=1.0", 
 
 @dataclass(frozen=True)
 class Sample:
-    """One request: seconds to the first token and to the last, and the number of tokens."""
+    """One request: seconds to the first token and to the last, and the number of tokens; those of its prompt too."""
 
     first: float
     last: float
     tokens: int
+    prompt: int = 0
 
     @property
     def tpot(self) -> float:
@@ -59,13 +60,13 @@ class Target:
         self._key = key
 
     async def run(self, generation: pb.Generation) -> Sample:
-        begun, first, tokens = time.perf_counter(), 0.0, 0
+        begun, first, tokens, prompt = time.perf_counter(), 0.0, 0, 0
         call = self._call(generation)
         while (message := await call.read()) is not grpc.aio.EOF:
             if message.WhichOneof("event") == "chunk":
                 first = first or time.perf_counter() - begun
-                tokens = message.usage.completion_tokens
-        return Sample(first, time.perf_counter() - begun, tokens)
+                tokens, prompt = message.usage.completion_tokens, message.usage.prompt_tokens
+        return Sample(first, time.perf_counter() - begun, tokens, prompt)
 
     def _call(self, generation: pb.Generation) -> Any:
         if not self._key:
