@@ -98,7 +98,7 @@ def assert_product(y: torch.Tensor, x: torch.Tensor, weight: Weight) -> None:
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 @pytest.mark.parametrize(
     ("rows", "cols", "tokens"),
-    [(1, 32, 1), (17, 96, 2), (16, 96, 9), (33, 576, 3), (100, 1536, 40), (576, 1536, 1), (15, 2080, 17)],
+    [(1, 32, 1), (17, 96, 2), (8, 96, 9), (33, 576, 3), (20, 1536, 40), (100, 1536, 1), (15, 2080, 17)],
 )
 def test_a_product_is_the_dequantized_one(pool: Pool, form: Format, rows: int, cols: int, tokens: int) -> None:
     weight, x = make_weight(form, rows, cols), make_input(tokens, cols)
@@ -106,7 +106,7 @@ def test_a_product_is_the_dequantized_one(pool: Pool, form: Format, rows: int, c
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_no_shape_reads_or_leaves_what_is_not_the_matrix(data: st.DataObject, pool: Pool) -> None:
     form = data.draw(st.sampled_from(FORMATS))
     rows, tokens = data.draw(st.integers(1, 70)), data.draw(st.integers(0, 40))
@@ -120,7 +120,7 @@ def test_a_token_has_the_same_bits_alone_and_among_others(pool: Pool, form: Form
     matrix = packed(make_weight(form, 50, 2112), pool)
     x = make_input(23, 2112)
     alone = torch.cat([multiply(x[t : t + 1], matrix, pool) for t in range(len(x))])
-    for tokens in range(1, len(x) + 1):
+    for tokens in (*range(1, 18), 23):  # every width of a tile, and their mixtures
         assert torch.equal(multiply(x[:tokens], matrix, pool), alone[:tokens]), tokens
 
 

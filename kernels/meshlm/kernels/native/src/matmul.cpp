@@ -1,4 +1,7 @@
 // The tiles of products: T tokens with one block of 16 rows, for every format and every T that the registers hold.
+//
+// One token reads weights as fast as a plain loop reads memory (91 to 99% on Zen 4): they lie in the order of reading, and
+// the hardware's own reading ahead does better than prefetch instructions at any distance (79 to 98%).
 #include "matmul.h"
 
 #include <array>
@@ -10,10 +13,6 @@
 #include "quantize.h"
 
 namespace {
-
-// Up to this many tokens a product waits for memory. The hardware reads ahead within a page only.
-constexpr int kFewTokens = 4;
-constexpr int kAhead = 2560;  // bytes
 
 // What dots of a symmetric format have too much: OFFSET times the sum of a group's activations. Multiplied once for a run of
 // groups, it leaves two operations for each group and token instead of three.
@@ -73,11 +72,7 @@ void quantized_tile(const uint8_t* p, int cols, const Activations& x, const int3
     for (int first = 0; first < groups; first += RUN) {
         const int count = groups - first < RUN ? groups - first : RUN;
         if constexpr (F != Q4M && OFFSET<F> != 0.0f) offsets.fill(x.sums, at, count);
-        for (int g = 0; g < count; g++, p += group_bytes(F)) {
-            if constexpr (T <= kFewTokens)
-                for (size_t line = 0; line < group_bytes(F); line += 64) __builtin_prefetch(p + kAhead + line);
-            add_group<F, T>(p, x, at, g, offsets, total);
-        }
+        for (int g = 0; g < count; g++, p += group_bytes(F)) add_group<F, T>(p, x, at, g, offsets, total);
         for (int t = 0; t < T; t++) at[t] += count;
     }
     for (int t = 0; t < T; t++) out[t] = total[t];
@@ -93,7 +88,6 @@ void dense_tile(const uint8_t* p, int cols, const Activations& x, const int32_t*
     }
     constexpr size_t STRIDE = BLOCK * (F == F32 ? 4 : 2);
     for (int c = 0; c < cols; c++, p += STRIDE) {
-        if constexpr (T <= kFewTokens) __builtin_prefetch(p + kAhead);
         for (int i = 0; i < BLOCK / W; i++) {
             V w;
             if constexpr (F == F32)
@@ -127,11 +121,9 @@ constexpr std::array<std::array<Tile, MAX_TILE>, 5> kTiles = {  // in the order 
     widths<F32>(kWidths), widths<BF16>(kWidths), widths<Q8>(kWidths), widths<Q4>(kWidths), widths<Q4M>(kWidths)};
 
 float half_to_float(const uint8_t* p) {
-    alignas(64) uint16_t halves[W] = {};
-    float wide[W];
-    std::memcpy(halves, p, 2);
-    store(wide, load_f16(halves));
-    return wide[0];
+    uint16_t half;
+    std::memcpy(&half, p, 2);
+    return f16_to_float(half);
 }
 
 void read_quantized(const Matrix& m, const uint8_t* block, int row, float* out) {

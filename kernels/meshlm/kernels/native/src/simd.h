@@ -11,6 +11,16 @@
 #include <immintrin.h>
 #endif
 
+// By hand, for not every compiler has a type of 16 bits. The factor puts the exponent right, subnormals' too.
+static inline float f16_to_float(uint16_t half) {
+    const bool finite = (half & 0x7c00) != 0x7c00;
+    uint32_t bits = (uint32_t)(half & 0x7fff) << 13 | (finite ? 0 : 0x7f800000u);
+    float x;
+    std::memcpy(&x, &bits, 4);
+    if (finite) x *= 0x1p112f;
+    return half & 0x8000 ? -x : x;
+}
+
 #if defined(__AVX512F__)
 
 constexpr int W = 16;
@@ -110,7 +120,7 @@ static inline V load_bf16(const uint16_t* p) {
     for (int i = 0; i < W; i++) { uint32_t bits = (uint32_t)p[i] << 16; float x; std::memcpy(&x, &bits, 4); v[i] = x; }
     return v;
 }
-static inline V load_f16(const uint16_t* p) { V v; for (int i = 0; i < W; i++) { _Float16 h; std::memcpy(&h, p + i, 2); v[i] = (float)h; } return v; }
+static inline V load_f16(const uint16_t* p) { V v; for (int i = 0; i < W; i++) v[i] = f16_to_float(p[i]); return v; }
 static inline V load_s8(const int8_t* p) { V v; for (int i = 0; i < W; i++) v[i] = p[i]; return v; }
 
 #endif
