@@ -195,6 +195,14 @@ class TestChat:
         sampling = router.requests[0].generation.sampling
         assert (sampling.temperature, sampling.max_tokens) == (0.0, 9)
 
+    @pytest.mark.parametrize("mode", ["window", "importance"])
+    async def test_what_the_worker_is_to_remember_is_asked_for(
+        self, router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch, mode: str
+    ) -> None:
+        assert await self.run(router, monkeypatch, f"--kv-{mode}", "512", "hello") == 0
+        policy = router.requests[0].generation.kv_policy
+        assert (policy.Mode.Name(policy.mode), policy.tokens) == (f"MODE_{mode.upper()}", 512)
+
     async def test_a_conversation_sends_what_was_said_before(
         self, router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch
     ) -> None:

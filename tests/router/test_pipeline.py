@@ -424,6 +424,7 @@ async def test_a_limit_that_a_key_has_not_is_not_told_as_spent(mesh: Any) -> Non
     ("fields", "path"),
     [
         ({"sampling": {"temperature": 3.0}}, "generation.sampling.temperature"),
+        ({"kv_policy": {"mode": "MODE_WINDOW", "tokens": 63}}, "generation.kv_policy.tokens"),
         ({"sampling": {"top_p": 0.0}}, "generation.sampling.top_p"),
         ({"sampling": {"n": 9}}, "generation.sampling.n"),
         ({"sampling": {"stop": [""]}}, "generation.sampling.stop"),
@@ -486,6 +487,8 @@ async def test_prefixes_are_salted_by_tenant_and_cache_key_and_never_by_the_call
     await collect(mesh.stream("c"))
     salts = [request.cache_salt for worker in mesh.workers for request in worker.requests]
     assert len(set(salts)) == 3
+    tenants = [request.tenant for worker in mesh.workers for request in worker.requests]
+    assert sorted(tenants) == ["t", "t", "u"]
     assert all(len(salt) == 16 for salt in salts)
 
 

@@ -26,7 +26,7 @@ from meshlm.worker.fake import FakeSettings
 from meshlm.worker.front.engine_client import EngineClient
 from meshlm.worker.front.engine_process import EngineSettings
 
-STARTING_SECONDS = 60
+STARTING_SECONDS = 180
 
 
 class Worker:
