@@ -18,71 +18,16 @@ from pathlib import Path
 
 from bandwidth import read_bandwidth
 from engine_report import OURS, Results, as_json, page, peers_table, rows_of
-from harness import Row, median, option_parser, peak_memory, report, spread
+from harness import Row, median, option_parser, report, spread
+from our_engine import OurEngine
 from peer_engines import PeerEngine, Unmeasured, started
 from serve import THREADS, Target, mesh, of_text, together
-from workload import Prompts, Request, Trace, figures, workloads
+from workload import Prompts, Request, figures, workloads
 
 from meshlm.mesh.model import model_path
 from meshlm.worker.config import WorkerConfig
-from meshlm.worker.front.engine_client import EngineClient
-from meshlm.worker.front.engine_process import EngineSettings
-from meshlm.worker.messages import Limits, ModelFacts, NewToken, Sampling, Submit
 
 MB = 1e6
-
-
-class OurEngine:
-    """The worker's engine process, held as the front holds it; tokens are timed where the front would get them."""
-
-    facts: ModelFacts
-
-    def __init__(self) -> None:
-        config = WorkerConfig(model_path=model_path(), threads=THREADS)
-        settings = EngineSettings(kind="model", runner=config.runner, scheduler=config.scheduler, log_level="warning")
-        self._client = EngineClient(settings, on_able=_ignore)
-        self._made = 0
-
-    async def start(self) -> None:
-        self.facts = await self._client.start()
-
-    async def run(self, requests: Sequence[Request]) -> Trace:
-        begun = [0.0] * len(requests)
-        times: list[list[float]] = [[] for _ in requests]
-        ahead = asyncio.Condition()  # notified when tokens came
-
-        async def one(index: int, request: Request) -> None:
-            first = [times[other] for other, asked in enumerate(requests) if not asked.after]
-            async with ahead:
-                await ahead.wait_for(lambda: min(map(len, first)) >= request.after)
-            begun[index] = asyncio.get_running_loop().time()
-            with self._client.submit(self._submit(request)) as stream:
-                async for events in stream:
-                    now = asyncio.get_running_loop().time()
-                    times[index] += [now] * sum(isinstance(event, NewToken) for event in events)
-                    async with ahead:
-                        ahead.notify_all()
-
-        await asyncio.gather(*(one(index, request) for index, request in enumerate(requests)))
-        if any(len(came) != request.new for came, request in zip(times, requests, strict=True)):
-            raise RuntimeError("the engine ended a sequence early")
-        return Trace(begun, times)
-
-    @property
-    def memory(self) -> int:
-        return peak_memory(self._client.pid)
-
-    async def stop(self) -> None:
-        await self._client.stop()
-
-    def _submit(self, request: Request) -> Submit:
-        self._made += 1
-        limits = Limits(max_tokens=request.new, min_tokens=request.new)
-        return Submit(id=str(self._made), prompt=request.prompt, sampling=Sampling(temperature=0), limits=limits)
-
-
-async def _ignore(_able: bool, _why: str) -> None:
-    """A lost engine ends its streams, and so the benchmark, with an exception."""
 
 
 async def measure_all(ours: OurEngine, peers: Sequence[PeerEngine], turns: int) -> Results:
@@ -146,7 +91,7 @@ def limits(ours: OurEngine, results: Results, bandwidth: float) -> list[Row]:
 
 async def measure(turns: int, names: Sequence[str] | None) -> tuple[list[Row], Results]:
     """`names`: which peers; none of them where it is None."""
-    ours, peers, absent = OurEngine(), [], {}
+    ours, peers, absent = OurEngine(WorkerConfig(model_path=model_path(), threads=THREADS)), [], {}
     async with AsyncExitStack() as stack:
         await ours.start()
         stack.push_async_callback(ours.stop)

@@ -163,7 +163,7 @@ def environment(name: str, requirements: Sequence[Sequence[str]]) -> Path:
     wanted = json.dumps(requirements)
     if not stamp.exists() or stamp.read_text() != wanted:
         print(f"installing the peer {name} into {folder.name} ...", file=sys.stderr)
-        venv.create(folder, with_pip=True)
+        venv.create(folder, with_pip=True, symlinks=True)
         for packages in requirements:
             subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "install", "-q", *packages], check=True)
         stamp.write_text(wanted)

@@ -1,7 +1,7 @@
 """Peer: llama.cpp's server over HTTP, with continuous batching and its prompt cache. Argument: a GGUF file.
 
-The wheel is built for AVX2. On two Zen 4 cores a build from source for AVX-512 and VNNI gave the same with Q4_1, and with
-Q8_0 the same at batch 1, 1.4x in prefill and 1.3x at 16: not enough to be the best peer anywhere.
+The wheel is built for AVX2. On two Zen 4 cores a build for AVX-512 and VNNI from source gave the same with Q4_1, and
+with Q8_0 the same at batch 1, 1.4x in prefill and 1.3x at 16: not enough to be the best peer anywhere.
 """
 
 from __future__ import annotations
