@@ -136,14 +136,18 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, model: Any) -> N
         ({"hidden_act": "gelu"}, "the activation 'gelu' is unknown"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "the rope scaling 'dynamic' is unknown"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embeddings is missing"),
-        ({"rope_parameters": {"rope_type": "longrope", "short_factor": 3}}, "a field"),
+        ({"rope_parameters": {"rope_type": "longrope", "long_factor": [1], "short_factor": 3}}, "a field"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "long_factor": [1], "short_factor": [1]}},
+            "1 rope factors for 8",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set"),
         ({"model_type": "gemma2"}, "the architecture 'gemma2' is unknown; known: .*'gemma3'"),
         ({"model_type": "gemma3", "hidden_act": None, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is set"),
-        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is below 1"),
+        ({"model_type": "mistral", "sliding_window": 0}, "a sliding window below 1"),
         ({"model_type": "mistral", "sliding_window": 8, "layer_types": ["chunked"]}, "the layer type 'chunked'"),
         ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
-        ({"num_attention_heads": 0}, "a field has a wrong value"),
+        ({"num_attention_heads": 0}, "it asks for a size below 1"),
     ],
 )
 def test_a_config_that_cannot_be_met_is_refused(
@@ -160,13 +164,14 @@ def test_a_config_that_cannot_be_met_is_refused(
     ("change", "reason"),
     [
         ({"attention.head_count": 0}, r"llama\.attention\.head_count is 0, not a positive integer"),
-        ({"attention.head_count_kv": 3}, "head_count_kv is 3, not a divisor"),
+        ({"attention.head_count_kv": 3}, "4 heads cannot share 3 key heads"),
         ({"block_count": 1000}, "block_count is 1000, not possible with"),
-        ({"rope.dimension_count": 5}, "rope.dimension_count is 5, not an even part"),
+        ({"rope.dimension_count": 5}, "a rotated part of 5 of a head's 16"),
         ({"attention.layer_norm_rms_epsilon": "no"}, "is 'no', not a positive number"),
         ({"rope.scaling.type": "dynamic"}, "the rope scaling 'dynamic' is unknown"),
         ({"final_logit_softcapping": 30.0}, "soft caps are unknown"),
-        ({"expert_count": 4, "expert_used_count": 5}, "expert_used_count is 5, not at most"),
+        ({"expert_count": 2**31, "expert_used_count": 2}, "2 active of 2147483648 experts"),
+        ({"expert_count": 4, "expert_used_count": 5}, "5 active of 4 experts"),
     ],
 )
 def test_gguf_metadata_that_cannot_be_met_is_refused(

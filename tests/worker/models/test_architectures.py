@@ -138,6 +138,26 @@ def test_a_sharded_folder_of_any_architecture_is_read(tmp_path: Path) -> None:
         assert_same_logits(tmp_path / name, model)
 
 
+def test_the_language_model_of_a_gemma3_with_eyes_is_read(tmp_path: Path) -> None:
+    text = SHAPE | MODELS["gemma3"][1] | {"num_hidden_layers": 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.15)
+    model.save_pretrained(tmp_path)
+    assert_same_logits(tmp_path, model)
+
+
 def test_stacked_experts_of_a_folder_are_cut(tmp_path: Path) -> None:
     """As transformers 5 holds them in memory, should a folder hold them so."""
     from safetensors.torch import save_file

@@ -64,10 +64,9 @@ def read_config(file: GgufFile) -> ModelConfig:
     head_dim = meta.count("attention.key_length", width // heads)
     rotary = meta.count("rope.dimension_count", head_dim)
     kv_heads = meta.count("attention.head_count_kv", heads)
-    _check_heads(meta, heads, kv_heads, head_dim, rotary)
     experts = meta.count("expert_count") if meta.get("expert_count") else 0
     windows = _windows(meta, layers)
-    return ModelConfig(
+    config = ModelConfig(
         architecture=_architecture(stored_as, experts, windows),
         vocab_size=file.info("token_embd.weight").shape[0],
         hidden_size=width,
@@ -91,28 +90,17 @@ def read_config(file: GgufFile) -> ModelConfig:
         post_norms=stored_as == "gemma3",
         query_scalar=width // heads if stored_as == "gemma3" and layers == _GEMMA3_27B_LAYERS else None,
         experts=experts,
-        active_experts=_active_experts(meta, experts),
+        active_experts=meta.count("expert_used_count") if experts else 0,
     )
+    if problem := config.problem():
+        raise ModelFileError(file.path, f"the metadata asks for {problem}")
+    return config
 
 
 def _architecture(stored_as: str, experts: int, windows: tuple[int | None, ...]) -> str:
     if stored_as != "llama":
         return stored_as
     return "mixtral" if experts else "mistral" if windows else "llama"
-
-
-def _check_heads(meta: _Metadata, heads: int, kv_heads: int, head_dim: int, rotary: int) -> None:
-    if heads % kv_heads:
-        raise meta.wrong("attention.head_count_kv", kv_heads, f"a divisor of head_count ({heads})")
-    if head_dim % 2 or rotary % 2 or rotary > head_dim:
-        raise meta.wrong("rope.dimension_count", rotary, f"an even part of a head's {head_dim} elements")
-
-
-def _active_experts(meta: _Metadata, experts: int) -> int:
-    active = meta.count("expert_used_count") if experts else 0
-    if active > experts:
-        raise meta.wrong("expert_used_count", active, f"at most expert_count ({experts})")
-    return active
 
 
 def _windows(meta: _Metadata, layers: int) -> tuple[int | None, ...]:

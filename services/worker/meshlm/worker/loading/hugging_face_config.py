@@ -42,6 +42,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
 }
 _REFUSED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "quantization_config")
+_MOST_LAYERS = 10_000  # a damaged number of layers must not become a list of as many windows
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
@@ -65,7 +66,9 @@ def _config(path: Path, raw: dict[str, Any]) -> ModelConfig:
     outer, raw = raw, raw.get("text_config", raw)
     raw = _DEFAULTS.get(architecture, {}) | raw
     _refuse_unknown(path, architecture, outer | raw)
-    heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+    heads, hidden, layers = (int(raw[key]) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    if not 0 < layers <= _MOST_LAYERS:
+        raise ModelFileError(path, f"num_hidden_layers is {layers:.3g}, not a number of layers")
     head_dim = int(raw.get("head_dim") or hidden // heads)
     theta, scaling, partial = _rope(path, raw)
     rotary = int(head_dim * partial)
@@ -76,7 +79,7 @@ def _config(path: Path, raw: dict[str, Any]) -> ModelConfig:
         vocab_size=int(raw["vocab_size"]),
         hidden_size=hidden,
         intermediate_size=int(raw["intermediate_size"]),
-        layers=int(raw["num_hidden_layers"]),
+        layers=layers,
         heads=heads,
         kv_heads=int(raw.get("num_key_value_heads") or heads),
         head_dim=head_dim,
@@ -87,7 +90,7 @@ def _config(path: Path, raw: dict[str, Any]) -> ModelConfig:
         rope_scaling=scaling,
         rotary_dim=rotary if rotary != head_dim else None,
         local_rope_theta=_local_theta(path, raw) if architecture == "gemma3" else None,
-        windows=_windows(path, architecture, raw),
+        windows=_windows(path, architecture, raw, layers),
         attention_bias=bias,
         output_bias=bias and architecture != "qwen2",
         mlp_bias=bool(raw.get("mlp_bias", False)),
@@ -97,7 +100,8 @@ def _config(path: Path, raw: dict[str, Any]) -> ModelConfig:
         experts=experts,
         active_experts=int(raw["num_experts_per_tok"]) if experts else 0,
     )
-    _check(config)
+    if problem := config.problem():
+        raise ModelFileError(path, f"it asks for {problem}")
     return config
 
 
@@ -111,24 +115,8 @@ def _refuse_unknown(path: Path, architecture: str, raw: dict[str, Any]) -> None:
             raise ModelFileError(path, f"{field} is set, which is unknown here")
 
 
-def _check(config: ModelConfig) -> None:
-    sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, config.layers, config.heads)
-    if min(*sizes, config.kv_heads, config.head_dim, config.max_context) < 1:
-        raise ValueError("a size below 1")
-    if config.heads % config.kv_heads:
-        raise ValueError(f"{config.heads} heads cannot share {config.kv_heads} key heads")
-    if config.head_dim % 2 or (config.rotary_dim or 2) % 2 or not 0 < (config.rotary_dim or 2) <= config.head_dim:
-        raise ValueError(f"a rotated part of {config.rotary_dim} of {config.head_dim} elements")
-    if config.active_experts > config.experts:
-        raise ValueError(f"{config.active_experts} active of {config.experts} experts")
-    if config.windows and len(config.windows) != config.layers:
-        raise ValueError(f"{len(config.windows)} layer_types for {config.layers} layers")
-    if any(window is not None and window < 1 for window in config.windows):
-        raise ValueError("sliding_window is below 1")
-
-
-def _windows(path: Path, architecture: str, raw: dict[str, Any]) -> tuple[int | None, ...]:
-    window, layers = raw.get("sliding_window"), int(raw["num_hidden_layers"])
+def _windows(path: Path, architecture: str, raw: dict[str, Any], layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
     if architecture in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
         window = None
     if window is None or architecture == "llama":

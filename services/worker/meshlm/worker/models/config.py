@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+_MOST_EXPERTS = 10_000  # a damaged number must not become a list of as many
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
@@ -49,6 +51,30 @@ class ModelConfig:
     query_scalar: float | None = None  # query-key products are divided by its root; None: head_dim
     experts: int = 0  # 0: a single MLP
     active_experts: int = 0
+
+    def problem(self) -> str | None:
+        """What in it cannot be, in words for whoever reads it from a file; None: nothing."""
+        sizes = (self.vocab_size, self.hidden_size, self.intermediate_size, self.layers, self.heads, self.kv_heads)
+        if min(*sizes, self.head_dim, self.max_context) < 1:
+            return "a size below 1"
+        if self.heads % self.kv_heads:
+            return f"{self.heads} heads cannot share {self.kv_heads} key heads"
+        rotated = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if rotated % 2 or not 0 < rotated <= self.head_dim:
+            return f"a rotated part of {rotated} of a head's {self.head_dim} elements"
+        if not 0 <= self.active_experts <= self.experts <= _MOST_EXPERTS or bool(self.experts) != bool(
+            self.active_experts
+        ):
+            return f"{self.active_experts} active of {self.experts} experts"
+        if self.windows and len(self.windows) != self.layers:
+            return f"{len(self.windows)} layer types for {self.layers} layers"
+        if any(window is not None and window < 1 for window in self.windows):
+            return "a sliding window below 1"
+        scaling = self.rope_scaling
+        for divisors in () if scaling is None else (scaling.divisors, scaling.short, scaling.long):
+            if divisors and len(divisors) != rotated // 2:
+                return f"{len(divisors)} rope factors for {rotated // 2} rotated pairs"
+        return None
 
     @property
     def query_size(self) -> int:
