@@ -1,7 +1,7 @@
 """The native operations one by one, on torch tensors: for tests, and for what is done between steps.
 
-Tensors are float32, contiguous and on the CPU. An operation is a function of a loaded `Library`; what it computes is said
-where it is written, in `src/`.
+Tensors are float32, contiguous and on the CPU. An operation is a function of a loaded `Library`; what it computes is
+said where it is written, in `src/`.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def attention(
 ) -> torch.Tensor:
     """Attention of the given rows, into those rows of `out`, which is like `queries.q`.
 
-    tile_rows: rows that are computed together, at most 32. split: segment by segment, as one long sequence is on many threads.
+    tile_rows: rows that are computed together, at most 32. split: segment by segment, as one long sequence is on many
+    threads.
     """
     if out is None:
         out = torch.empty_like(queries.q)
