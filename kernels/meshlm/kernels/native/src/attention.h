@@ -11,7 +11,9 @@ constexpr int SEGMENT = 512;  // cache indices of one partial result
 
 // Copies the queries of rows [first, first + rows) of a span, times the scale, by blocks of up to QUERIES pairs as
 // [head_dim][pairs of the block].
-static inline void pack_queries(const Attention& a, const Span& s, int first, int pairs, const float* q, float* packed) {
+static inline void pack_queries(
+    const Attention& a, const Span& s, int first, int pairs, const float* q, float* packed
+) {
     const KvCache& c = *a.cache;
     int dim = c.head_dim;
     const float* factor = c.type == KV_INT4 ? c.key_scale : nullptr;
@@ -27,7 +29,9 @@ static inline void pack_queries(const Attention& a, const Span& s, int first, in
 
 // Calls body(tile) for each tile of cache indices [begin, end), aligned, of which a row in [first, first + rows) sees a key.
 template <class Body>
-static inline void each_tile(const Attention& a, const Span& s, int first, int rows, int begin, int end, AttentionWork& w, Body body) {
+static inline void each_tile(
+    const Attention& a, const Span& s, int first, int rows, int begin, int end, AttentionWork& w, Body body
+) {
     int stop = std::min(end, s.start + first + rows);
     int low = a.window > 0 ? std::max(0, s.start + first + 1 - a.window) : 0;
     bool many = rows * a.group > 2 * QUERIES;
@@ -47,7 +51,9 @@ static inline void clear_segment(const KvCache& c, int pairs, AttentionWork& w) 
 }
 
 // The result over one segment: w.out, w.top and w.total of each pair.
-static inline void attention_segment(const Attention& a, const Span& s, int first, int rows, int segment, AttentionWork& w) {
+static inline void attention_segment(
+    const Attention& a, const Span& s, int first, int rows, int segment, AttentionWork& w
+) {
     int pairs = rows * a.group;
     clear_segment(*a.cache, pairs, w);
     each_tile(a, s, first, rows, segment * SEGMENT, (segment + 1) * SEGMENT, w, [&](const KvTile& tile) {
@@ -87,7 +93,9 @@ static inline void write_partials(const AttentionWork& w, int pairs, int width, 
     }
 }
 
-static inline void write_rows(const Attention& a, const Span& s, int first, int rows, const float* all, float* out, int out_stride) {
+static inline void write_rows(
+    const Attention& a, const Span& s, int first, int rows, const float* all, float* out, int out_stride
+) {
     int dim = a.cache->head_dim, width = kv_width(*a.cache);
     for (int pair = 0; pair < rows * a.group; pair++, all += width + 2) {
         int head = a.kv_head * a.group + pair % a.group;
@@ -97,7 +105,9 @@ static inline void write_rows(const Attention& a, const Span& s, int first, int 
     }
 }
 
-static inline int attention_segments(const Span& s, int first, int rows) { return (s.start + first + rows + SEGMENT - 1) / SEGMENT; }
+static inline int attention_segments(const Span& s, int first, int rows) {
+    return (s.start + first + rows + SEGMENT - 1) / SEGMENT;
+}
 
 static inline void attention_begin(const Attention& a, const Span& s, int first, int rows, AttentionWork& w) {
     pack_queries(a, s, first, rows * a.group, a.q, w.q);

@@ -98,7 +98,9 @@ struct KvTile {
 
 // Pieces [first, last) of the tile at cache index `from`. Formats with cheap loads are converted only where `many` queries
 // share the work.
-static inline KvTile read_tile(const Attention& a, const int32_t* table, int from, int first, int last, bool many, AttentionWork& w) {
+static inline KvTile read_tile(
+    const Attention& a, const int32_t* table, int from, int first, int last, bool many, AttentionWork& w
+) {
     const KvCache& c = *a.cache;
     PieceLayout part = piece_layout(c);
     KvTile tile{from, first, last, c.type == KV_F32 || c.type == KV_INT4 || many, {}, {}, nullptr, nullptr};
@@ -214,7 +216,9 @@ static inline void exponentials(float* row, const Visible& v, float top, float* 
 
 // One step of the online softmax for R queries: w.scores become probabilities, corrections what earlier sums shrink by.
 template <int R>
-static inline void softmax_step(const Visible* seen, const KvTile& tile, float* top, float* total, float* corrections, float* scores) {
+static inline void softmax_step(
+    const Visible* seen, const KvTile& tile, float* top, float* total, float* corrections, float* scores
+) {
     alignas(64) float before[PIECE] = {};
     for (int r = 0; r < R; r++) {
         float* row = scores + r * KV_TILE;
@@ -258,7 +262,9 @@ static inline void multiply_values(
 }
 
 template <int R, class Source>
-static inline void add_values(float* out, int width, const float* corrections, const float* p, const KvTile& tile, int begin, int end) {
+static inline void add_values(
+    float* out, int width, const float* corrections, const float* p, const KvTile& tile, int begin, int end
+) {
     constexpr int C = W == 8 ? 2 : 4;
     int channel = 0;
     for (; channel + C * W <= width; channel += C * W)
@@ -269,7 +275,9 @@ static inline void add_values(float* out, int width, const float* corrections, c
 
 // The same where the rows see different ranges: what they share together, and before and behind it each its own.
 template <int R, class Source>
-static inline void add_ranges(float* out, int width, float* corrections, const float* p, const KvTile& tile, const int* low, const int* high) {
+static inline void add_ranges(
+    float* out, int width, float* corrections, const float* p, const KvTile& tile, const int* low, const int* high
+) {
     int begin = low[0], end = high[0];
     bool alike = true;
     for (int r = 1; r < R; r++) {
@@ -294,7 +302,9 @@ static inline void add_ranges(float* out, int width, float* corrections, const f
 
 // Adds a tile to R queries from `pair` on; `first` is the span's row of pair 0.
 template <int R, class Source>
-static inline void attend(const Attention& a, const Span& s, const KvTile& tile, int first, int pair, AttentionWork& w) {
+static inline void attend(
+    const Attention& a, const Span& s, const KvTile& tile, int first, int pair, AttentionWork& w
+) {
     int width = kv_width(*a.cache), dim = a.cache->head_dim;
     Visible seen[R];
     bool nothing = true;
@@ -331,6 +341,10 @@ static inline void each_block(const KvCache& c, const KvTile& tile, int pairs, F
 }
 
 // All queries over one tile.
-static inline void attend_tile(const Attention& a, const Span& s, const KvTile& tile, int first, int pairs, AttentionWork& w) {
-    each_block(*a.cache, tile, pairs, [&]<int R, class Source>(int pair) { attend<R, Source>(a, s, tile, first, pair, w); });
+static inline void attend_tile(
+    const Attention& a, const Span& s, const KvTile& tile, int first, int pairs, AttentionWork& w
+) {
+    each_block(*a.cache, tile, pairs, [&]<int R, class Source>(int pair) {
+        attend<R, Source>(a, s, tile, first, pair, w);
+    });
 }

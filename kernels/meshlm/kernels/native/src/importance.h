@@ -13,7 +13,9 @@ static inline size_t score_index(const KvCache& c, int layer, int kv_head, const
 
 // Finds w.top and w.total of R queries over one tile.
 template <int R, class Source>
-static inline void observe_totals(const Attention& a, const Span& s, const KvTile& tile, int first, int pair, AttentionWork& w) {
+static inline void observe_totals(
+    const Attention& a, const Span& s, const KvTile& tile, int first, int pair, AttentionWork& w
+) {
     int dim = a.cache->head_dim;
     Visible seen[R];
     for (int r = 0; r < R; r++) seen[r] = visible_keys(s, a.window, s.start + first + (pair + r) / a.group, tile.from);
@@ -41,20 +43,24 @@ static inline void observe_probabilities(
 
 // Adds to each cached token's score the probabilities with which the last `last` <= TILE_ROWS rows of a span attend to it,
 // over the query heads of one kv head. The span's own tokens begin at zero: what their slots held before is not read. So
-// every span of a sequence whose scores are wanted must be observed once, after its keys are stored. Scratch as for attention_tile.
+// every span of a sequence whose scores are wanted must be observed once, after its keys are stored. Scratch as for
+// attention_tile.
 //
 // For prompts this is SnapKV's observation window (Li et al. 2024, arXiv:2404.14469), for single tokens H2O's running sum
 // (Zhang et al. 2023, arXiv:2306.14048).
 static inline void observe(const Attention& a, const Span& s, int last, float* scores, void* scratch) {
     const KvCache& c = *a.cache;
-    int rows = std::min({last, s.count, TILE_ROWS}), first = s.count - rows, end = s.start + s.count, pairs = rows * a.group;
+    int rows = std::min({last, s.count, TILE_ROWS}), pairs = rows * a.group;
+    int first = s.count - rows, end = s.start + s.count;
     for (int i = s.start; i < end; i++) scores[score_index(c, a.layer, a.kv_head, s.table, i)] = 0.0f;
     if (rows <= 0) return;
     AttentionWork w = attention_work(c, pairs, (float*)scratch);
     attention_begin(a, s, first, rows, w);
     clear_segment(c, pairs, w);
     each_tile(a, s, first, rows, 0, end, w, [&](const KvTile& tile) {
-        each_block(c, tile, pairs, [&]<int R, class Source>(int pair) { observe_totals<R, Source>(a, s, tile, first, pair, w); });
+        each_block(c, tile, pairs, [&]<int R, class Source>(int pair) {
+            observe_totals<R, Source>(a, s, tile, first, pair, w);
+        });
     });
     each_tile(a, s, first, rows, 0, end, w, [&](const KvTile& tile) {
         alignas(64) float received[KV_TILE] = {};
@@ -117,7 +123,8 @@ static inline void compact(
     for (int to = 0; to < keep; to++) {  // never behind where it comes from: nothing is overwritten before it is read
         int from = kept[to];
         if (from == to) continue;
-        move_token(c, kv_piece(c, layer, kv_head, table, from), from % PIECE, kv_piece(c, layer, kv_head, table, to), to % PIECE);
+        uint8_t *source = kv_piece(c, layer, kv_head, table, from), *target = kv_piece(c, layer, kv_head, table, to);
+        move_token(c, source, from % PIECE, target, to % PIECE);
         scores[score_index(c, layer, kv_head, table, to)] = scores[score_index(c, layer, kv_head, table, from)];
     }
 }

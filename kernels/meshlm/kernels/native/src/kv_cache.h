@@ -65,14 +65,18 @@ static inline uint8_t* kv_piece(const KvCache& c, int layer, int kv_head, const 
     return c.data + block * kv_block_bytes(c) + (size_t)(index % c.block_size / PIECE) * piece_layout(c).size;
 }
 
+// The greatest |x[i]|; no number where one of them is none.
 static inline float largest_magnitude(const float* x, int n) {
-    float most = 0.0f;
-    for (int i = 0; i < n; i++) {
-        float magnitude = std::fabs(x[i]);
-        if (!(magnitude <= most)) most = magnitude;  // a NaN is taken, and stays unless a number follows
-        if (most != most) return most;
+    V most = zero(), odd = zero();
+    int i = 0;
+    for (; i + W <= n; i += W) {
+        V v = load(x + i);
+        most = vmax(most, vabs(v));
+        odd = add(odd, sub(v, v));  // infinity less infinity is no number either
     }
-    return most;
+    float top = highest(most) + sum(odd);
+    for (; i < n; i++) top = (std::fabs(x[i]) > top ? std::fabs(x[i]) : top) + (x[i] - x[i]);
+    return top;
 }
 
 // 8-bit codes of n floats at `stride`; returns their scale.
@@ -80,7 +84,13 @@ static inline float store_int8(const float* x, int n, int8_t* codes, int stride)
     float most = largest_magnitude(x, n);
     bool finite = most <= 3.0e38f;
     float inverse = finite && most > 1.0e-36f ? 127.0f / most : 0.0f;
-    for (int i = 0; i < n; i++) codes[(size_t)i * stride] = finite ? (int8_t)std::lrintf(x[i] * inverse) : 0;
+    float rounded_to[PIECE];
+    for (int from = 0; from < n; from += PIECE) {
+        const int count = n - from < PIECE ? n - from : PIECE;
+        for (int i = 0; i < PIECE; i++) rounded_to[i] = finite && i < count ? x[from + i] : 0.0f;
+        for (int i = 0; i < PIECE; i += W) store(rounded_to + i, rounded(mul(load(rounded_to + i), set1(inverse))));
+        for (int i = 0; i < count; i++) codes[(size_t)(from + i) * stride] = (int8_t)rounded_to[i];
+    }
     return finite ? most / 127.0f : NAN;
 }
 
@@ -124,7 +134,9 @@ static inline void store_int4_value(const float* value, int n, uint8_t* codes, u
     }
 }
 
-static inline void store_plain(const KvCache& c, uint8_t* piece, uint8_t* values, int at, const float* key, const float* value) {
+static inline void store_plain(
+    const KvCache& c, uint8_t* piece, uint8_t* values, int at, const float* key, const float* value
+) {
     int dim = c.head_dim, width = kv_width(c);
     for (int i = 0; i < dim; i++) {
         if (c.type == KV_F32) ((float*)piece)[i * PIECE + at] = key[i];

@@ -22,17 +22,32 @@ static inline void convert(const uint8_t* codes, size_t count, float* out) {
     for (size_t i = 0; i < count; i += W) store(out + i, Source::load((const typename Source::Code*)codes + i));
 }
 
-// 4-bit codes of one token's `count` <= 32 value channels.
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+static inline Bytes load_bytes(const uint8_t* p) {
+    Bytes b;
+    std::memcpy(&b, p, sizeof b);
+    return b;
+}
+
+// 16 codes, no more than 127, as floats.
+static inline V16 bytes_to_floats(Bytes b) {
+    alignas(16) int8_t wide[16];
+    std::memcpy(wide, &b, sizeof b);
+    V16 out;
+    for (int i = 0; i < 16 / W; i++) out.v[i] = load_s8(wide + i * W);
+    return out;
+}
+
+// The codes of one token's `count` <= 32 value channels. Reads 16 bytes.
 static inline void read_int4_value(const uint8_t* codes, int count, float step, float minimum, float* out) {
-    alignas(64) int8_t wide[VALUE_GROUP];
-    for (int from = 0; from < count; from += 16) {
-        for (int i = 0; i < 8; i++) {
-            wide[from + i] = codes[from / 2 + i] & 15;
-            wide[from + 8 + i] = codes[from / 2 + i] >> 4;
-        }
-    }
+    Bytes both = load_bytes(codes), low = both & 15, high = both >> 4;
+    V16 parts[2] = {
+        bytes_to_floats(__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)),
+        bytes_to_floats(__builtin_shufflevector(low, high, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)),
+    };
     V scale = set1(step), least = set1(minimum);
-    for (int i = 0; i < count; i += W) store(out + i, fma(load_s8(wide + i), scale, least));
+    for (int i = 0; i < count; i += W) store(out + i, fma(parts[i / 16].v[i % 16 / W], scale, least));
 }
 
 // A piece's keys as [head_dim][16]; of INT8 and INT4 without their scales.
@@ -41,15 +56,13 @@ static inline void read_keys(const KvCache& c, const uint8_t* piece, float* keys
     if (c.type == KV_F32) return convert<FloatSource>(piece, count, keys);
     if (c.type == KV_BF16) return convert<Bf16Source>(piece, count, keys);
     if (c.type == KV_INT8) return convert<Int8Source>(piece, count, keys);
+    V middle = set1(8.0f);
     for (int pair = 0; pair < c.head_dim / 2; pair++, piece += PIECE, keys += 2 * PIECE) {
-        alignas(64) int8_t low[PIECE], high[PIECE];
-        for (int t = 0; t < PIECE; t++) {
-            low[t] = (int8_t)((piece[t] & 15) - 8);
-            high[t] = (int8_t)((piece[t] >> 4) - 8);
-        }
-        for (int t = 0; t < PIECE; t += W) {
-            store(keys + t, load_s8(low + t));
-            store(keys + PIECE + t, load_s8(high + t));
+        Bytes both = load_bytes(piece);
+        V16 low = bytes_to_floats(both & 15), high = bytes_to_floats(both >> 4);
+        for (int i = 0; i < PIECE / W; i++) {
+            store(keys + i * W, sub(low.v[i], middle));
+            store(keys + PIECE + i * W, sub(high.v[i], middle));
         }
     }
 }
@@ -66,7 +79,8 @@ static inline void read_values(const KvCache& c, const uint8_t* piece, const Pie
         for (int from = 0; from < width; from += VALUE_GROUP, scales += 2) {
             int count = width - from < VALUE_GROUP ? width - from : VALUE_GROUP;
             const uint8_t* at = codes + ((size_t)t * width + from) / 2;
-            read_int4_value(at, count, bf16_to_float(scales[0]), bf16_to_float(scales[1]), values + (size_t)t * width + from);
+            float step = bf16_to_float(scales[0]), minimum = bf16_to_float(scales[1]);
+            read_int4_value(at, count, step, minimum, values + (size_t)t * width + from);
         }
     }
 }

@@ -12,7 +12,7 @@
 
 namespace {
 
-// 64-byte aligned memory. Never fails halfway: where there is none, the process ends as it does for `new`.
+// 64-byte aligned memory; where there is none the process ends, for an exception could not pass the C functions.
 class Scratch {
   public:
     explicit Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {
@@ -43,7 +43,8 @@ Attention for_head(const Request& r, int kv_head) {
 template <class Body>
 void each_piece(const Request& r, const Span& s, int tile_rows, Body body) {
     for (int head = 0; head < r.cache->kv_heads; head++)
-        for (int first = 0; first < s.count; first += tile_rows) body(for_head(r, head), first, std::min(tile_rows, s.count - first));
+        for (int first = 0; first < s.count; first += tile_rows)
+            body(for_head(r, head), first, std::min(tile_rows, s.count - first));
 }
 
 struct Compaction {
@@ -73,7 +74,8 @@ EXPORT void native_rms_norm(const float* x, const float* weight, float eps, int 
 
 // x: [rows][heads][head_dim], turned in place; angles: scratch of 2 * half floats.
 EXPORT void native_rope(
-    float* x, const double* positions, const float* frequencies, float factor, int rows, int heads, int head_dim, int half, float* angles
+    float* x, const double* positions, const float* frequencies, float factor, int rows, int heads, int head_dim, int half,
+    float* angles
 ) {
     for (int r = 0; r < rows; r++) {
         rope_angles(frequencies, half, positions[r], factor, angles, angles + half);

@@ -4,7 +4,9 @@
 
 // Cosines and sines of `half` pairs at one position, times `factor` (YaRN's attention factor; 1 otherwise). The angle is
 // a double: in a float, positions past some ten thousands would turn by visibly wrong angles.
-static inline void rope_angles(const float* frequencies, int half, double position, float factor, float* cos, float* sin) {
+static inline void rope_angles(
+    const float* frequencies, int half, double position, float factor, float* cos, float* sin
+) {
     for (int i = 0; i < half; i++) {
         double angle = position * (double)frequencies[i];
         cos[i] = (float)std::cos(angle) * factor;

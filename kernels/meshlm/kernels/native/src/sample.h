@@ -112,7 +112,9 @@ static inline Bracket bracket(const float* x, const float* weights, int n, float
 }
 
 // Of the candidates in (low, high], the smallest whose weight above is below `limit`. found: CANDIDATES ids.
-static inline float smallest_candidate(const float* x, const float* weights, int n, const Bracket& b, double limit, int32_t* found) {
+static inline float smallest_candidate(
+    const float* x, const float* weights, int n, const Bracket& b, double limit, int32_t* found
+) {
     int count = 0, i = 0;
     auto consider = [&](int at) { if (x[at] > b.low && x[at] <= b.high) found[count++] = at; };
     for (V low = set1(b.low); i + W <= n; i += W)
@@ -130,7 +132,9 @@ static inline float smallest_candidate(const float* x, const float* weights, int
 
 // The smallest value v in x for which the weight of what is above v stays below `limit` (> 0). top: x's greatest value.
 // weights: [n], or null where each counts 1. found: scratch for CANDIDATES ids.
-static inline float smallest_kept(const float* x, const float* weights, int n, float top, double limit, int32_t* found) {
+static inline float smallest_kept(
+    const float* x, const float* weights, int n, float top, double limit, int32_t* found
+) {
     Bracket b = bracket(x, weights, n, top, limit);
     if (b.above_low.weight < limit) return -INFINITY;
     for (int step = 0; b.above_low.count - b.above_high.count > CANDIDATES; step++) {
@@ -216,7 +220,8 @@ static inline int32_t sample_row(float* logits, int n, const Draw& draw, void* s
     const float top = apply_temperature(logits, n, std::max(draw.temperature, COLDEST));
     if (top == -INFINITY) return argmax_row(logits, n);
     float floor = draw.min_p > 0.0f ? top + (float)std::log((double)draw.min_p) : -INFINITY;
-    if (draw.top_k > 0 && draw.top_k < n) floor = std::max(floor, smallest_kept(logits, nullptr, n, top, draw.top_k, found));
+    if (draw.top_k > 0 && draw.top_k < n)
+        floor = std::max(floor, smallest_kept(logits, nullptr, n, top, draw.top_k, found));
     weigh(logits, n, top, floor, p);
     if (draw.top_p < 1.0f) {
         double limit = std::max((double)draw.top_p * sum_row(p, n), 1.0e-30);
