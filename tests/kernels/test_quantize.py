@@ -142,3 +142,9 @@ def test_how_a_weight_was_cut_for_the_search_changes_no_row(bits: int, minimum: 
     whole, alone = quantize_groups(weight, bits, minimum), quantize_groups(weight[700:701], bits, minimum)
     assert torch.equal(whole.codes[700:701], alone.codes)
     assert torch.equal(whole.scales[700:701], alone.scales)
+
+
+def test_it_works_inside_and_outside_of_inference_mode_alike() -> None:
+    with torch.inference_mode():
+        inside = quantize_groups(weights(3), 4, True)
+    assert torch.equal(inside.codes, quantize_groups(weights(3), 4, True).codes)

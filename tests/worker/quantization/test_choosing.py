@@ -30,10 +30,13 @@ def test_a_model_that_was_not_measured_gets_the_plan_of_its_setting(model: Path,
     assert plan_for(setting, model) is plan
 
 
-def test_auto_takes_what_was_measured_and_the_others_do_not(model: Path) -> None:
+def test_auto_takes_the_formats_that_were_measured_and_the_others_only_what_columns_matter(model: Path) -> None:
     keep(plans_folder(), model_revision(model, default_cache_dir()), measured())
     assert plan_for("auto", model).format_of("a.weight") is Format.INT4
-    assert plan_for("int8", model) is INT8
+    int8 = plan_for("int8", model)
+    assert int8.format_of("a.weight") is Format.INT8
+    assert torch.equal(int8.importance["a.weight"], torch.ones(32))
+    assert plan_for("none", model) is NONE
 
 
 def test_a_plan_of_other_weights_is_not_taken(model: Path) -> None:

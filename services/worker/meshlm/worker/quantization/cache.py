@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -85,16 +85,18 @@ def plans_folder() -> Path:
 def plan_for(quantization: str, path: Path) -> Plan:
     """The plan of a worker's setting `quantization` for the model at `path`: none, int8, int4 or auto.
 
-    `auto` takes the plan that `meshlm quantize` kept for these weights, and the default one where there is none.
-    Raises ModelFileError: the model cannot be read.
+    `auto` takes the plan that `meshlm quantize` kept for these weights, and the default one where there is none; int8
+    and int4 take what it learned of the importance of columns. Raises ModelFileError: the model cannot be read.
     """
-    if quantization != "auto":
-        return {plan.name: plan for plan in (NONE, INT8, INT4)}[quantization]
+    plain = {plan.name: plan for plan in (NONE, INT8, INT4, AUTO)}[quantization]
     folder = plans_folder()
-    # Reading every byte of a model to name it is worth while only where some plan could have that name.
-    measured = kept(folder, model_revision(path, default_cache_dir())) if folder.is_dir() else None
+    if quantization == "none" or not folder.is_dir():
+        return plain  # naming a model reads every byte of it: worth while only where some plan could have that name
+    measured = kept(folder, model_revision(path, default_cache_dir()))
     if measured is None:
-        log.info("default plan for weights; `meshlm quantize` measures one for this model", model=str(path))
-        return AUTO
-    log.info("plan for weights as measured", model=str(path), bits=round(measured.bits, 2), kl=round(measured.kl, 5))
+        log.info("weights were not measured; `meshlm quantize` does it", model=str(path), quantization=quantization)
+        return plain
+    if quantization != "auto":
+        return replace(plain, importance=measured.importance)
+    log.info("weights as measured", model=str(path), bits=round(measured.bits, 2), kl=round(measured.kl, 5))
     return measured.plan
