@@ -7,14 +7,17 @@ seconds since the workload came, or {"error": why} for one that the peer cannot 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 THREADS = 2
+PR_SET_PDEATHSIG = 1
 
 
 class Unable(Exception):  # noqa: N818 - named as the condition
@@ -62,6 +65,8 @@ class Run:
 def serve(start: Callable[[], tuple[dict[str, Any], Callable[[Run], None]]]) -> None:
     """Answer workloads until the input ends. `start` gives what the peer says of itself (`version` and settings; `pid`
     where another process does the work) and what runs a workload. Libraries that print do so to the standard error."""
+    # A benchmark that is killed leaves its peers stopped, where the end of the input would wake none of them.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     ready, run = start()
