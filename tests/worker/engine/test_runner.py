@@ -43,7 +43,7 @@ exact = pytest.mark.parametrize("runner", ["torch", "native float32"], indirect=
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def runner(request: pytest.FixtureRequest, smollm2_path: Path) -> Any:
-    settings = RunnerSettings(model=smollm2_path, threads=2, kv_blocks=200, **SETTINGS[request.param])
+    settings = RunnerSettings(model=smollm2_path, threads=2, kv_blocks=200, step_tokens=1024, **SETTINGS[request.param])
     return load_runner(settings, lambda stage, done, total: None)
 
 

@@ -38,7 +38,9 @@ class Arena:
 def _map(nbytes: int) -> tuple[mmap.mmap, int]:
     """A new mapping, and where its `nbytes` usable bytes begin. Pages that are never written take no memory."""
     huge = nbytes >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE")
-    mapping = mmap.mmap(-1, nbytes + (HUGE_PAGE if huge else 0))
+    # Private: shared memory, the default, gets no huge pages.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    mapping = mmap.mmap(-1, nbytes + (HUGE_PAGE if huge else 0), flags=flags)
     if not huge:
         return mapping, 0
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))

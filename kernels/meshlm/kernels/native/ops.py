@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from meshlm.kernels.native.library import Library, Pool
+from meshlm.kernels.native.memory import Arena
 from meshlm.kernels.native.structures import (
     KV_BFLOAT16,
     KV_FLOAT32,
@@ -72,8 +73,7 @@ class Cache:
         )
         self.block_bytes = block_bytes(library, self.struct)
         size = shape.layers * shape.blocks * shape.kv_heads * self.block_bytes
-        raw = torch.empty(size + 63, dtype=torch.uint8)
-        self.data = raw[-raw.data_ptr() % 64 :][:size]
+        self.data = torch.frombuffer(Arena(0).allocate(max(size, 1)), dtype=torch.uint8)[:size]
         if fill is not None:
             self.data.fill_(fill)
         self.struct.data = self.data.data_ptr()

@@ -55,7 +55,7 @@ class WorkerConfig:
     # `fake` makes letters without a model: for tests of everything around one.
     engine: Literal["auto", "native", "torch", "fake"] = "auto"
     # Weights of the native engine. `auto`: a GGUF file's own blocks, and for float weights the fewest bits within a
-    # bound on quality, see docs/quantization.md. `int8` and `int4` are for all matrices; `none` keeps the file's floats.
+    # bound on quality, see docs/quantization.md. `int8` and `int4` are for all; `none` keeps the file's floats.
     quantization: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"
     # KV cache. `auto`: bfloat16 natively, else `dtype`.
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"

@@ -122,8 +122,14 @@ static inline void attention_tile(
     int pairs = rows * a.group, width = kv_width(*a.cache);
     AttentionWork w = attention_work(*a.cache, pairs, (float*)scratch);
     attention_begin(a, s, first, rows, w);
+    const int segments = attention_segments(s, first, rows);
+    if (segments == 1) {  // merged with nothing it would be the same
+        attention_segment(a, s, first, rows, 0, w);
+        write_partials(w, pairs, width, w.all);
+        return write_rows(a, s, first, rows, w.all, out, out_stride);
+    }
     clear_partials(w.all, pairs, width);
-    for (int segment = 0; segment < attention_segments(s, first, rows); segment++) {
+    for (int segment = 0; segment < segments; segment++) {
         attention_segment(a, s, first, rows, segment, w);
         write_partials(w, pairs, width, w.segment);
         merge_segment(w.segment, pairs, width, w.all);

@@ -21,7 +21,8 @@ from meshlm.worker.models.dense_weights import DenseWeights
 from meshlm.worker.models.native_decoder import NativeDecoder, PackedWeights
 from meshlm.worker.models.registry import load_decoder
 from meshlm.worker.models.torch_decoder import TorchDecoder
-from meshlm.worker.quantization.plan import INT4, INT8, NONE, Plan, quantized_matrix
+from meshlm.worker.quantization.cache import plan_for
+from meshlm.worker.quantization.plan import quantized_matrix
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WARM_UP_STEPS = 3
@@ -87,7 +88,7 @@ def _check(settings: RunnerSettings) -> None:
 
 
 def _native_library(settings: RunnerSettings) -> Library | None:
-    """The native kernels, or None where torch is to run. Raises SettingsError where they were asked for and cannot be."""
+    """The native kernels, or None where torch is to run. Raises SettingsError where they were asked for in vain."""
     if settings.engine == "torch" or torch.device(settings.device).type != "cpu":
         return None
     try:
@@ -110,7 +111,7 @@ def _native_runner(
     settings: RunnerSettings, checkpoint: Checkpoint, library: Library, progress: LoadProgress
 ) -> NativeRunner:
     config = checkpoint.config
-    plan = _plan(settings)
+    plan = plan_for(settings.quantization, settings.model)
     kv_dtype = "bfloat16" if settings.kv_dtype == "auto" else settings.kv_dtype
     shape = CacheShape(config.layers, 0, config.kv_heads, settings.block_size, config.head_dim, kv_dtype)
     block_bytes = Cache(library, shape).block_bytes * config.layers * config.kv_heads
@@ -156,10 +157,6 @@ def _torch_runner(settings: RunnerSettings, checkpoint: Checkpoint, progress: Lo
         engine="torch",
     )
     return TorchRunner(model, facts, dtype, device)
-
-
-def _plan(settings: RunnerSettings) -> Plan:
-    return {"none": NONE, "int8": INT8, "int4": INT4, "auto": replace(INT8, name="auto")}[settings.quantization]
 
 
 def _blocks(settings: RunnerSettings, block_bytes: int) -> int:
