@@ -2,7 +2,8 @@
 
 A needle is a sentence with a number, at some depth of a text of passages; asked for at the end, greedily. A policy's
 share is of the needles that the model finds with its whole cache. Perplexity is of the last tokens of a text, given all
-before. Budgets are shares of the context; memory saved is 1 minus the budget.
+before: these are the prompt, and the scored ones are computed as an answer is, behind it and under the budget. Budgets
+are shares of the context; memory saved is 1 minus the budget: with `importance` once the prompt is computed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from meshlm.worker.text.tokenizer import Tokenizer
 
 POLICIES = ("window", "importance")
 BUDGETS = (0.5, 0.4, 0.25)
+CONTEXTS = (1024, 2048, 4096)
 SCORED = 256  # tokens of a continuation
 ANSWER = 12  # tokens, enough for the number
 CITIES = ("Oslo", "Lima", "Cairo", "Quito", "Hanoi", "Accra", "Riga", "Perth")
@@ -99,7 +101,8 @@ async def retrieval(engine: OurEngine, texts: Texts, context: int, count: int) -
 async def perplexity(engine: OurEngine, prompts: list[list[int]], kv: KvBudget | None) -> float:
     total = 0.0
     for prompt in prompts:
-        request = msgspec.structs.replace(engine.request(prompt, 1), kv=kv, score_from=len(prompt) - SCORED)
+        read, written = prompt[:-SCORED], prompt[-SCORED:]
+        request = msgspec.structs.replace(engine.request(read, 1), generated=written, kv=kv, score_from=len(read))
         total += sum(await engine.logprobs(request))
     return math.exp(-total / (SCORED * len(prompts)))
 
@@ -124,7 +127,7 @@ async def measure(chosen: Namespace) -> list[Row]:
     try:
         if not engine.facts.kv_budgets:
             raise SystemExit(f"the {engine.facts.engine} engine keeps no KV budgets: it needs the native kernels")
-        for context in (1024,) if chosen.quick else (1024, 2048, 4096):
+        for context in chosen.context or ((1024,) if chosen.quick else CONTEXTS):
             rows += await retrieval(engine, texts, context, 4 if chosen.quick else 20)
             rows += await continuation(engine, texts, context, 1 if chosen.quick else 4)
     finally:
@@ -135,6 +138,7 @@ async def measure(chosen: Namespace) -> list[Row]:
 def main() -> None:
     parser = option_parser(__doc__ or "")
     parser.add_argument("--model", type=Path, metavar="FILE", help="a GGUF file or a Hugging Face folder")
+    parser.add_argument("--context", type=int, nargs="+", metavar="TOKENS", help=f"default: {CONTEXTS}")
     chosen = parser.parse_args()
     report("kv_budget", asyncio.run(measure(chosen)), chosen.json)
 

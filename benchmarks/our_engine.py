@@ -63,7 +63,7 @@ class OurEngine:
         with self._client.submit(request) as stream:
             scored = [event async for events in stream for event in events if isinstance(event, Scored)]
         found = [logprob for event in scored for logprob in event.logprobs]
-        if request.score_from is None or len(found) != len(request.prompt) - request.score_from:
+        if request.score_from is None or len(found) != len(request.prompt + request.generated) - request.score_from:
             raise RuntimeError("the engine did not score the text")
         return found
 

@@ -99,6 +99,15 @@ async def test_with_a_kv_budget_the_model_and_not_the_memory_limits_the_length()
     assert caught.value.reason is Reason.CONTEXT_TOO_LONG
 
 
+async def test_by_importance_an_input_must_fit_the_memory_and_its_answer_need_not() -> None:
+    policy = pb.KvPolicy(mode=pb.KvPolicy.MODE_IMPORTANCE, tokens=64)
+    assert (await kept(policy, "x" * 128)).limits.max_tokens == 128  # 256 less 128; the 8 blocks hold 128 tokens
+    with pytest.raises(MeshError) as caught:
+        await kept(policy, "x" * 129)
+    assert caught.value.reason is Reason.CONTEXT_TOO_LONG
+    assert caught.value.metadata["max_context"] == "129"
+
+
 @pytest.mark.parametrize("tokens", [96, 97])
 async def test_a_budget_for_which_there_is_no_room_beside_a_chunk_is_refused(tokens: int) -> None:
     policy = pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=tokens)  # 8 blocks of 16, and chunks of 32 tokens

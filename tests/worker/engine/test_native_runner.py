@@ -186,7 +186,8 @@ def test_compaction_keeps_the_token_that_matters_and_the_latest(one_layer: Path)
     tokens, budget = random_tokens(97), KvBudget(policy="importance", tokens=64)
 
     def next_logits(keep: int | None) -> torch.Tensor:
-        one = sequence(tokens, kv=budget)
+        one = sequence(tokens[:96], kv=budget)
+        one.tokens.append(tokens[96])
         runner.logits([Chunk(one, 0, 96, False)])
         one.computed = 96
         if keep is not None:
@@ -202,3 +203,41 @@ def test_compaction_keeps_the_token_that_matters_and_the_latest(one_layer: Path)
 
     assert divergence(most) < divergence(half)
     assert torch.isfinite(half).all()
+
+
+def test_what_a_prompt_keeps_by_importance_does_not_depend_on_its_cuts_nor_on_who_had_the_blocks(folder: Path) -> None:
+    runner = runner_for(folder)
+    tokens, budget = random_tokens(100), KvBudget(policy="importance", tokens=48)
+
+    def next_logits(cuts: list[int]) -> torch.Tensor:
+        """Of a text that lets go twice: 64 of 100 tokens of its prompt, and then a block behind 13 tokens more."""
+        one = sequence(tokens, kv=budget)
+        one.tokens += random_tokens(14, seed=1)
+        edges = [0, *cuts, *range(100, 114)]
+        for start, end in itertools.pairwise(edges):
+            runner.logits([Chunk(one, start, end - start, False)])
+            one.computed = end
+            if end >= 100 and end - one.evicted > 48:
+                evicted = 64 if end == 100 else 80
+                runner.compact(one, end - evicted)
+                one.evicted = evicted
+        assert one.evicted == 80
+        return runner.logits([Chunk(one, 113, 1, True)])[0]
+
+    whole = next_logits([])
+    assert torch.isfinite(whole).all()
+    for cuts in ([68], [1, 16, 17, 50], list(range(1, 69))):
+        assert torch.equal(whole, next_logits(cuts))
+    assert not torch.equal(whole, next_logits([90]))  # ten queries say something else than 32
+
+
+def test_a_prompt_is_scored_by_its_last_queries_alone(folder: Path) -> None:
+    """Chunks before the last leave no trace in the scores, whatever the blocks held before."""
+    runner = runner_for(folder)
+    one = sequence(random_tokens(100), kv=KvBudget(policy="importance", tokens=48))
+    runner.decoder.importance[:, one.blocks] = 7.0
+    for chunk in chunks_of(one, [60]):
+        runner.logits([chunk])
+    scores = runner.decoder.importance[:, one.blocks].transpose(1, 2).flatten(2)[..., :100]
+    # Each of the 32 queries of the 2 heads that share a kv head spreads a probability of 1.
+    torch.testing.assert_close(scores.sum(-1), torch.full(scores.shape[:2], 64.0), atol=1e-2, rtol=0)

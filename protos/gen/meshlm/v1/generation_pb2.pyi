@@ -344,8 +344,8 @@ global___Sampling = Sampling
 
 @typing.final
 class KvPolicy(google.protobuf.message.Message):
-    """How much of a sequence stays in the worker's KV cache. A budget makes long inputs and answers possible in little
-    memory, and costs what the dropped tokens would have told.
+    """How much of a sequence stays in the worker's KV cache. A budget makes long answers possible in little memory, with
+    MODE_WINDOW long inputs too, and costs what the dropped tokens would have told.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -363,7 +363,9 @@ class KvPolicy(google.protobuf.message.Message):
         MODE_WINDOW: KvPolicy._Mode.ValueType  # 2
         """The first ones and the latest ones (StreamingLLM)."""
         MODE_IMPORTANCE: KvPolicy._Mode.ValueType  # 3
-        """Those that were attended to most, and the latest ones (SnapKV, then H2O)."""
+        """Those that were attended to most, and the latest ones (SnapKV, then H2O). The whole input stays until it has been
+        read, so that its end can say what matters: this saves memory while the answer is generated.
+        """
 
     class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
         """Which tokens stay."""
@@ -375,7 +377,9 @@ class KvPolicy(google.protobuf.message.Message):
     MODE_WINDOW: KvPolicy.Mode.ValueType  # 2
     """The first ones and the latest ones (StreamingLLM)."""
     MODE_IMPORTANCE: KvPolicy.Mode.ValueType  # 3
-    """Those that were attended to most, and the latest ones (SnapKV, then H2O)."""
+    """Those that were attended to most, and the latest ones (SnapKV, then H2O). The whole input stays until it has been
+    read, so that its end can say what matters: this saves memory while the answer is generated.
+    """
 
     MODE_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int

@@ -40,9 +40,11 @@ class KvBudget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A sequence that keeps at most `tokens` in the KV cache, however long it grows.
 
     window: the first `sinks` tokens and the latest ones stay, positions re-based (StreamingLLM, arXiv:2309.17453).
-    importance: tokens that were attended to most stay, for each head its own (SnapKV, arXiv:2404.14469, while the prompt
-    is computed; H2O, arXiv:2306.14048, afterwards), and the latest ones.
-    Whole blocks go, so a step may hold `tokens` and one chunk more. Such sequences neither use nor feed the prefix cache.
+    Holds at most `tokens` and one chunk more, from the start.
+    importance: tokens that were attended to most stay, for each head its own (SnapKV, arXiv:2404.14469, when the prompt
+    is computed; H2O, arXiv:2306.14048, afterwards), and the latest ones. Holds the whole prompt until it is computed,
+    and then at most `tokens` and one more: it saves memory while decoding.
+    Whole blocks go. Such sequences neither use nor feed the prefix cache.
     """
 
     policy: Literal["window", "importance"]
@@ -65,7 +67,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     kv: KvBudget | None = None  # None: all its tokens stay
     arrival: float = 0.0  # seconds, `time.monotonic`
     # Nothing is generated where one of these is set: the answer is one Scored or Embedded, and then Finished (DONE).
-    score_from: int | None = None  # log-probabilities of prompt[score_from:], each given all before; at least 1
+    # Log-probabilities of the tokens from there on, `generated` ones too, each given all before; at least 1.
+    score_from: int | None = None
     pool: Literal["mean", "last"] | None = None  # the final hidden states, pooled over the prompt
 
 

@@ -1,9 +1,10 @@
 """How much of a prompt is computed in the next step.
 
 Where the runner's results do not depend on how a prompt is cut (`facts.chunk_invariant`), chunks are as long as the
-promise to running streams allows (`pace.py`), or `chunk_tokens` where nothing is being decoded. Elsewhere, and where a
-KV budget goes by whole chunks (`budgets.py`), they end at multiples of `chunk_tokens` whatever else is in the step, so
-that tokens can be reproduced.
+promise to running streams allows (`pace.py`), or `chunk_tokens` where nothing is being decoded. Elsewhere they end
+at multiples of `chunk_tokens` whatever else is in the step, so that tokens can be reproduced. With a KV budget by
+importance the last tokens of a prompt are never cut apart (`budgets.py`), in either case: there the promise may be
+broken once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Room:
     """Tokens that may still join a step."""
 
     all: int
-    prompt: int  # of those, what the promise to running streams leaves; a chunk of fixed length may exceed it
+    prompt: int  # of those, what the promise to running streams leaves; what cannot be cut may exceed it
 
 
 def generates(sequence: Sequence) -> bool:
@@ -46,31 +47,35 @@ class Chunking:
 
     def fits(self, sequence: Sequence, room: Room) -> bool:
         """Whether `sequence` could start with a chunk in what is left, however little of it is cached."""
-        least = min(self._chunk_tokens, len(sequence.tokens)) if self._fixed(sequence) else 1
+        least, budget = 1, sequence.request.kv
+        if self._pace is None:
+            least = min(self._chunk_tokens, len(sequence.tokens))
+        elif budget is not None:
+            first, end = self._budgets.observation(sequence, budget)
+            least = 1 if first else end
         return room.prompt > 0 and room.all >= least
 
     def next(self, sequence: Sequence, room: Room) -> Chunk | None:
         """The next chunk, taken out of `room`. None, and no room for others either, where it does not fit."""
-        start, known = sequence.computed, len(sequence.tokens)
-        count = min(self._latest_end(sequence), known) - start
-        if not self._fixed(sequence):
-            count = min(count, room.prompt)
+        start, known, budget = sequence.computed, len(sequence.tokens), sequence.request.kv
+        end = min(self._latest_end(sequence), known)
+        if self._pace is not None:
+            end = min(end, start + room.prompt)
+        if budget is not None:
+            end = self._budgets.chunk_end(sequence, budget, end)
+        count = end - start
         if room.prompt <= 0 or count > room.all:
             room.prompt = 0
             return None
         room.all -= count
         room.prompt = min(room.prompt - count, room.all)
-        return Chunk(sequence, start, count, sample=start + count == known and generates(sequence))
+        return Chunk(sequence, start, count, sample=end == known and generates(sequence))
 
     def observe(self, chunks: Items[Chunk], seconds: float) -> None:
         """The step with these chunks took so long. Their new tokens are not yet known."""
         if self._pace is not None and chunks:
             decodes = sum(chunk.count == 1 and chunk.sample for chunk in chunks)
             self._pace.observe(decodes, sum(chunk.count for chunk in chunks) - decodes, seconds)
-
-    def _fixed(self, sequence: Sequence) -> bool:
-        budget = sequence.request.kv
-        return self._pace is None or (budget is not None and budget.policy == "importance")
 
     def _latest_end(self, sequence: Sequence) -> int:
         budget, start, size = sequence.request.kv, sequence.computed, self._chunk_tokens

@@ -11,6 +11,7 @@ import torch
 
 from meshlm.kernels.native import structures as c
 from meshlm.kernels.native.ops import POOLING, compact
+from meshlm.worker.engine.budgets import OBSERVED
 from meshlm.worker.engine.sampler import Sampler, uniform
 from meshlm.worker.engine.sequence import (
     Chunk,
@@ -24,8 +25,6 @@ from meshlm.worker.engine.sequence import (
 )
 from meshlm.worker.messages import ModelFacts
 from meshlm.worker.models.native_decoder import NativeDecoder
-
-OBSERVED = 32  # last queries of a chunk whose attention says which tokens matter (SnapKV's observation window)
 
 _SPAN = struct.Struct("<iiiiqqiiq")
 _DRAW = struct.Struct("<fffid")
@@ -129,7 +128,7 @@ class NativeRunner:
             sinks = observe = 0
             index = start - sequence.evicted
             if budget is not None and budget.policy == "importance":
-                observe = min(OBSERVED, count)
+                observe = self._observe(chunk)
             elif budget is not None and sequence.evicted:
                 size = self._facts.block_size
                 sinks = -(-budget.sinks // size) * size
@@ -140,6 +139,16 @@ class NativeRunner:
             row += count
             if chunk.sample:
                 outputs.append(row - 1)
+
+    def _observe(self, chunk: Chunk) -> int:
+        """How many last queries of a chunk say which tokens matter: of a prompt those of its last chunk alone (SnapKV's
+        observation window), for which the scores begin at zero, and all behind it."""
+        sequence, end = chunk.sequence, chunk.start + chunk.count
+        if end < sequence.prompt_length:
+            return 0
+        if chunk.start < sequence.prompt_length:  # the chunks before this one were not observed: their scores are void
+            self._decoder.importance[:, sequence.blocks] = 0.0
+        return min(OBSERVED, chunk.count)
 
     def _fill_draws(self, drawing: list[Sequence]) -> None:
         for number, sequence in enumerate(drawing):

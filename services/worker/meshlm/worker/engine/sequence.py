@@ -20,8 +20,8 @@ class Sequence:
     """A request inside the engine. Tokens `[0, computed)` have their keys and values in `blocks`, less what a KV budget
     took away: cache index i lies in blocks[i // block_size], the next position to compute at index computed - evicted.
 
-    With the policy `window`, the first `sinks` indices are positions [0, sinks) and the others the latest positions. With
-    `importance`, what lies at the indices below is up to the runner, and differs between heads.
+    With the policy `window`, the first `sinks` indices are positions [0, sinks) and the others the latest positions.
+    With `importance`, what lies at the indices below is up to the runner, and differs between heads.
     """
 
     request: Submit
@@ -113,16 +113,20 @@ class Runner(Protocol):
         """Store keys and values of every chunk, and draw a token for each chunk whose `sample` is true.
 
         Returns one entry a chunk, in order; None where there is nothing to tell. A request with `score_from` or `pool`
-        gets ChunkScores or ChunkPool for every chunk, and its chunks never sample. The token at position p is scored with
-        the chunk that computes position p - 1.
+        gets ChunkScores or ChunkPool for every chunk, and its chunks never sample. The token at position p is scored
+        with the chunk that computes position p - 1.
         Raises StepOutOfMemory.
         """
         ...
 
     def compact(self, sequence: Sequence, keep: int) -> None:
-        """For the policy `importance`: moves the `keep` cached tokens that matter most, the latest 32 among them, to the
-        cache indices [0, keep). Called between steps, with all of `sequence.blocks` still in place; the caller then takes
-        the blocks behind away and raises `evicted`. Only where `facts.kv_budgets`.
+        """For the policy `importance`: moves the `keep` cached tokens that matter most, the latest 32 among them, to
+        the cache indices [0, keep). Called between steps, never before the prompt is computed, with all of
+        `sequence.blocks` still in place; the caller then takes the blocks behind away and raises `evicted`. Only where
+        `facts.kv_budgets`.
+
+        What matters of a prompt is what its last 32 queries attend to. They come in one chunk, or as many of them as
+        the longest chunk has.
         """
         ...
 

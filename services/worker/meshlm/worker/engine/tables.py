@@ -22,7 +22,7 @@ class Tables:
         self._compactions: list[tuple[Sequence, int]] = []
 
     def longest(self, sequence: Sequence) -> int:
-        """Most tokens, prompt and answer."""
+        """Most tokens, prompt and answer, of one that is `possible`."""
         if sequence.request.kv is not None:
             return self._facts.max_context
         return min(self._facts.max_context, self.pool.total * self._size)
@@ -30,8 +30,10 @@ class Tables:
     def possible(self, sequence: Sequence) -> bool:
         """Whether `sequence` fits alone, with a token to draw if it draws any."""
         budget = sequence.request.kv
-        if budget is not None and not (self._facts.kv_budgets and self._budgets.possible(budget, self.pool.total)):
-            return False
+        if budget is not None:
+            prompt = sequence.prompt_length
+            if not (self._facts.kv_budgets and self._budgets.possible(budget, self.pool.total, prompt)):
+                return False
         return len(sequence.tokens) + generates(sequence) <= self.longest(sequence)
 
     def ready(self, sequence: Sequence) -> bool:
@@ -77,7 +79,7 @@ class Tables:
 
     def keep_budget(self, sequence: Sequence, budget: KvBudget) -> None:
         """Lets go of what the last chunk or token brought over the budget, or asks for its compaction."""
-        if not self._budgets.is_cut(sequence, sequence.computed):
+        if not self._budgets.is_cut(sequence, budget, sequence.computed):
             return
         evicted = self._budgets.evicted_at(budget, sequence.computed)
         if evicted == sequence.evicted:

@@ -156,11 +156,14 @@ def longest_sequence(facts: ModelFacts, kv: KvBudget | None = None) -> int:
 def _room(prompt: list[int], facts: ModelFacts, kv: KvBudget | None) -> int:
     """Tokens that the context leaves for an answer. Raises MeshError CONTEXT_TOO_LONG."""
     longest = longest_sequence(facts, kv)
-    if len(prompt) >= longest:
+    fitting = longest - 1
+    if kv is not None and kv.policy == "importance":  # holds the whole prompt until it is computed
+        fitting = min(fitting, facts.total_blocks * facts.block_size)
+    if len(prompt) > fitting:
         raise MeshError(
             Reason.CONTEXT_TOO_LONG,
-            f"the input has {len(prompt)} tokens; with an answer, {longest} fit",
-            metadata={"prompt_tokens": str(len(prompt)), "max_context": str(longest)},
+            f"the input has {len(prompt)} tokens; {fitting} fit",
+            metadata={"prompt_tokens": str(len(prompt)), "max_context": str(fitting + 1)},
         )
     return longest - len(prompt)
 
