@@ -186,3 +186,15 @@ def test_prompts_are_cut_where_the_load_allows_and_the_tokens_stay_the_same() ->
     cuts = [start for batch in b.runner.batches for name, start, _ in batch if name == "it"]
     assert any(cut % 4 for cut in cuts[:-3])
     assert b.tokens["it"] == expected_tokens(list(range(50)), GREEDY, 3)
+
+
+def test_prompts_that_arrive_together_are_computed_before_the_first_of_them_settle() -> None:
+    """A burst: paced from the first token on, the last prompt would wait for dozens of small chunks."""
+    machine = Machine(step=1e-2, decode=1e-3, prompt_token=1e-3)
+    runner = TimedRunner(FakeSettings(total_blocks=4096), chunk_invariant=True, step_seconds=machine.seconds)
+    b = Bench(runner, SchedulerSettings(chunk_tokens=64, step_tokens=96), pause=0.0)
+    for i in range(8):
+        b.engine.submit(submit(f"burst{i}", [i] * 48, max_tokens=40))
+    while len(b.tokens) < 8:
+        b.step()
+    assert len(runner.batches) <= 8 * 48 // (96 - 8) + 2

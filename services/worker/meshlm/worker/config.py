@@ -13,7 +13,6 @@ from meshlm.chassis.config import ServerConfig
 from meshlm.worker.engine.scheduler import SchedulerSettings
 from meshlm.worker.fake import FakeSettings
 
-
 _RUNNER_FIELDS = (
     "engine",
     "quantization",
@@ -67,8 +66,8 @@ class WorkerConfig:
     threads: int | None = None
     # Most tokens of input and answer together; unset: the model's own limit.
     max_context: int | None = None
-    # Bytes of KV cache.
-    kv_memory: int = 1 << 30
+    # Bytes of KV cache; unset: as much as a text of `max_context` tokens needs, at most 1 GiB.
+    kv_memory: int | None = None
     # Blocks of KV cache; where set, it wins over `kv_memory`.
     kv_blocks: int | None = None
     # Tokens of a block, a power of two.
@@ -95,12 +94,12 @@ class WorkerConfig:
             raise ValueError("stream_interval must be at least 0")
         if self.hang_seconds <= 0 or self.load_seconds <= 0:
             raise ValueError("hang_seconds and load_seconds must be above 0")
-        if min(self.kv_memory, self.block_size, self.max_read_tokens) < 1:
-            raise ValueError("kv_memory, block_size and max_read_tokens must be at least 1")
+        if min(self.block_size, self.max_read_tokens) < 1:
+            raise ValueError("block_size and max_read_tokens must be at least 1")
         if self.block_size & (self.block_size - 1):
             raise ValueError("block_size must be a power of two")
-        if any(count is not None and count < 1 for count in (self.kv_blocks, self.threads)):
-            raise ValueError("kv_blocks and threads must be at least 1")
+        if any(count is not None and count < 1 for count in (self.kv_memory, self.kv_blocks, self.threads)):
+            raise ValueError("kv_memory, kv_blocks and threads must be at least 1")
         if self.max_context is not None and self.max_context < 2:
             raise ValueError("max_context must be at least 2: a token of input and one of answer")
 

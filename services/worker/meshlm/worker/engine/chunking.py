@@ -1,10 +1,11 @@
 """How much of a prompt is computed in the next step.
 
 Where the runner's results do not depend on how a prompt is cut (`facts.chunk_invariant`), chunks are as long as the
-promise to running streams allows (`pace.py`), or `chunk_tokens` where nothing is being decoded. Elsewhere they end
-at multiples of `chunk_tokens` whatever else is in the step, so that tokens can be reproduced. With a KV budget by
-importance the last tokens of a prompt are never cut apart (`budgets.py`), in either case: there the promise may be
-broken once.
+promise to running streams allows (`pace.py`), or `chunk_tokens` where no settled stream is being decoded: a stream is
+settled from its eighth token on. So prompts that arrive together are computed together, at full speed, and
+the first of them to speak pause once, early, for the others. Elsewhere they end at multiples of `chunk_tokens` whatever
+else is in the step, so that tokens can be reproduced. With a KV budget by importance the last tokens of a prompt are
+never cut apart (`budgets.py`), in either case: there the promise may be broken once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from meshlm.worker.engine.budgets import Budgets
 from meshlm.worker.engine.pace import Pace
 from meshlm.worker.engine.sequence import Chunk, Sequence
+
+SETTLED = 8  # tokens of output
 
 
 @dataclass(slots=True)
@@ -40,10 +43,11 @@ class Chunking:
         self._chunk_tokens = chunk_tokens
         self._step_tokens = step_tokens
 
-    def room(self, decodes: int) -> Room:
-        """What is left of a step with so many decodes."""
-        left = self._step_tokens - decodes
-        return Room(left, min(left, self._pace.allowance(decodes)) if self._pace and decodes else left)
+    def room(self, decodes: Items[Chunk]) -> Room:
+        """What is left of a step with these decodes."""
+        left = self._step_tokens - len(decodes)
+        settled = any(chunk.sequence.output_length >= SETTLED for chunk in decodes)
+        return Room(left, min(left, self._pace.allowance(len(decodes))) if self._pace and settled else left)
 
     def fits(self, sequence: Sequence, room: Room) -> bool:
         """Whether `sequence` could start with a chunk in what is left, however little of it is cached."""

@@ -27,6 +27,7 @@ from meshlm.worker.quantization.plan import quantized_matrix
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WARM_UP_STEPS = 3
 NATIVE_BLOCK = 16  # tokens; native blocks are multiples of it
+MOST_KV_MEMORY = 1 << 30  # bytes, where nothing is said
 SPIN_US = 200  # a thread that waits for the next step spins so long, then sleeps
 
 LoadProgress = Callable[[str, int, int], None]  # (stage: "load" or "warm_up", done, total)
@@ -46,7 +47,7 @@ class RunnerSettings:
     engine: Literal["auto", "native", "torch"] = "auto"  # auto: native on a CPU where its library is there
     quantization: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"  # auto: bfloat16 natively, else `dtype`
-    kv_memory: int = 1 << 30  # bytes
+    kv_memory: int | None = None  # bytes; None is what a text of the whole context needs, at most MOST_KV_MEMORY
     kv_blocks: int | None = None
     block_size: int = 16  # tokens, a power of two
     max_context: int | None = None  # tokens; None is the model's own
@@ -115,7 +116,7 @@ def _native_runner(
     kv_dtype = "bfloat16" if settings.kv_dtype == "auto" else settings.kv_dtype
     shape = CacheShape(config.layers, 0, config.kv_heads, settings.block_size, config.head_dim, kv_dtype)
     block_bytes = Cache(library, shape).block_bytes * config.layers * config.kv_heads
-    blocks = _blocks(settings, block_bytes)
+    blocks = _blocks(settings, config.max_context, block_bytes)
     weights = PackedWeights(
         checkpoint, library, lambda name, rows, cols: quantized_matrix(checkpoint, name, rows, cols, plan)
     )
@@ -144,7 +145,7 @@ def _torch_runner(settings: RunnerSettings, checkpoint: Checkpoint, progress: Lo
         raise SettingsError(f"kv_dtype {settings.kv_dtype}: torch's KV cache is of `dtype`, {settings.dtype}")
     config, dtype, device = checkpoint.config, _DTYPES[settings.dtype], torch.device(settings.device)
     block_bytes = config.kv_bytes_per_token(dtype.itemsize) * settings.block_size
-    blocks = _blocks(settings, block_bytes)
+    blocks = _blocks(settings, config.max_context, block_bytes)
     decoder = load_decoder(
         checkpoint, DenseWeights(checkpoint, device, dtype), lambda done, total: progress("load", done, total)
     )
@@ -159,11 +160,15 @@ def _torch_runner(settings: RunnerSettings, checkpoint: Checkpoint, progress: Lo
     return TorchRunner(model, facts, dtype, device)
 
 
-def _blocks(settings: RunnerSettings, block_bytes: int) -> int:
-    blocks = settings.kv_blocks if settings.kv_blocks is not None else settings.kv_memory // block_bytes
-    if blocks < 1:
-        raise SettingsError(f"kv_memory is {settings.kv_memory} bytes; one block of this model takes {block_bytes}")
-    return blocks
+def _blocks(settings: RunnerSettings, context: int, block_bytes: int) -> int:
+    if settings.kv_blocks is not None:
+        return settings.kv_blocks
+    memory = settings.kv_memory
+    if memory is None:
+        memory = min(MOST_KV_MEMORY, -(-context // settings.block_size) * block_bytes)
+    if memory < block_bytes:
+        raise SettingsError(f"kv_memory is {memory} bytes; one block of this model takes {block_bytes}")
+    return memory // block_bytes
 
 
 def _facts(settings: RunnerSettings, checkpoint: Checkpoint, blocks: int, block_bytes: int) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class Scheduler:
         self._expire(now)
         preemptions = self.totals.preemptions
         chunks = self._decodes()
-        room = self._chunking.room(len(chunks))
+        room = self._chunking.room(chunks)
         self._prefills(chunks, room)
         if self.totals.preemptions == preemptions:  # else the blocks just freed would be fought over
             self._admit(chunks, room, now)

@@ -175,6 +175,8 @@ class GgufFile:
         rows = math.prod(info.shape[:-1])
         if not 0 <= start <= stop <= rows:
             raise ModelFileError(self.path, f"{name} has {rows} rows; those from {start} to {stop} are wanted")
+        if hasattr(mmap, "MADV_DONTNEED"):  # what was read before need not stay in memory; views find it again
+            self._data.madvise(mmap.MADV_DONTNEED)
         row_bytes = self._nbytes(info) // rows
         at = self._start + info.offset + start * row_bytes
         raw = np.frombuffer(self._data, np.uint8, (stop - start) * row_bytes, at)
