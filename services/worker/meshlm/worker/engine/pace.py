@@ -19,7 +19,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
-AIM = 0.9  # of the room that the promise leaves; the rest is for what measurements cannot foresee
+AIM = 0.8  # of the room that the promise leaves; the rest is for what measurements cannot foresee
 FIRST_TOKENS = 8  # at most so many join where no step with prompt tokens is known
 SAMPLES = 2
 FRESH = 60  # steps
