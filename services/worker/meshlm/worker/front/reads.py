@@ -8,7 +8,6 @@ import math
 import time
 from contextlib import ExitStack
 
-from meshlm.chassis.errors import MeshError, Reason
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
 from meshlm.worker.front.engine_client import EngineClient, EngineLost, EngineStream
@@ -49,8 +48,6 @@ class Reads:
 
     async def run(self) -> list[Scored | Embedded]:
         """What came of each text, in order. Leaving early cancels every sequence. Raises MeshError."""
-        if self._client.waiting >= self._client.waiting_limit:
-            raise MeshError(Reason.OVERLOADED, "the waiting queue is full", retry_after=1.0)
         count, opened = len(self.plan.texts), 0
         with ExitStack() as sequences:
             while opened < count or self._live:

@@ -215,8 +215,6 @@ class Generation:
 
     def _open_first(self, sequences: ExitStack) -> pb.Chunk | None:
         """Submits choice 0. What was made elsewhere passes through it first; returns the part that is to be sent."""
-        if self._client.waiting >= self._client.waiting_limit:
-            raise MeshError(Reason.OVERLOADED, "the waiting queue is full", retry_after=1.0)
         choice = Choice(0, self.plan, self._tokenizer)
         self.choices.append(choice)
         made: list[Event] = [NewToken("", token) for token in self.plan.generated]
