@@ -113,8 +113,9 @@ class Demo:
             f"first token after [bold]{told.first_token * 1000:.0f} ms[/], "
             f"[bold]{told.tokens_per_second:.1f} tokens/s[/], {told.tokens} tokens in {told.total:.2f} s"
         )
-        model = (await self._load(lambda load: load.ready)).model
-        self._fact(f"computed by: {model.engine}; weights {model.quantization}, KV cache {model.kv_dtype}")
+        if (load := await load_of(self._worker)) is not None:
+            model = load.model
+            self._fact(f"computed by: {model.engine}; weights {model.quantization}, KV cache {model.kv_dtype}")
         return told
 
     async def answers_again(self, first: Told) -> None:
