@@ -210,7 +210,7 @@ def sample(library: Library, logits: torch.Tensor, draws: Sequence[Draw]) -> lis
     """The token drawn from each row of logits: (rows, vocab), which are overwritten."""
     rows, vocab = logits.shape
     tokens = (c_int32 * rows)()
-    types = (c_void_p, c_int, c_int, POINTER(Draw), c_void_p)
+    types = (c_void_p, c_int, c_int, c_void_p, c_void_p)  # as the runner has them, which draws from its own buffer
     library.function("native_sample", None, *types)(_floats(logits), rows, vocab, (Draw * rows)(*draws), tokens)
     return list(tokens)
 
