@@ -10,6 +10,7 @@ import io
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -234,7 +235,7 @@ class TestChat:
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            preexec_fn=lambda: os.login_tty(slave),
+            preexec_fn=lambda: _own_terminal(slave),
         )
         os.close(slave)
         screen = Screen(master)
@@ -259,6 +260,12 @@ class TestChat:
         monkeypatch.setenv("MESHLM_KEY", KEY)
         assert await asyncio.to_thread(run, ["models", "--target", router.target]) == 0
         assert "scripted (default)" in capsys.readouterr().out
+
+
+def _own_terminal(slave: int) -> None:
+    """What a script starts in the background inherits that Ctrl-C is ignored; a person's shell does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.login_tty(slave)
 
 
 class Screen:
