@@ -98,7 +98,7 @@ def _native_library(settings: RunnerSettings) -> Library | None:
         if settings.engine == "native":
             raise SettingsError(f"the native engine: {error}") from None
         log.warning(
-            "torch runs the model, for the native kernels are missing: answers take some five times as long, and the "
+            "torch runs the model, for the native kernels are missing: answers take ten times as long or more, and the "
             "weights several times the memory",
             reason=str(error),
         )
