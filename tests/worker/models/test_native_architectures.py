@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from meshlm.worker.engine.load import RunnerSettings, load_runner
+from meshlm.worker.engine.load import MOST_EXPERTS, RunnerSettings, SettingsError, load_runner
 from meshlm.worker.engine.native_runner import NativeRunner
 from meshlm.worker.engine.sequence import Chunk, Sequence
 from meshlm.worker.messages import Limits, Sampling, Submit
@@ -57,3 +58,12 @@ def test_int8_weights_stay_close(tmp_path: Path, name: str) -> None:
     exact, rounded = logits_at_cuts(native(tmp_path, "none")), logits_at_cuts(native(tmp_path, "int8"))
     assert torch.cosine_similarity(exact, rounded).min() > 0.995
     assert not torch.equal(exact, rounded)
+
+
+def test_more_experts_than_the_native_router_has_room_for_are_refused(tmp_path: Path) -> None:
+    make("mixtral").save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    raw = json.loads(config.read_text())
+    config.write_text(json.dumps(raw | {"num_local_experts": MOST_EXPERTS + 1}))
+    with pytest.raises(SettingsError, match="up to 256 experts"):
+        native(tmp_path, "none")

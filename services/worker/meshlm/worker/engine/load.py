@@ -27,6 +27,7 @@ from meshlm.worker.quantization.plan import quantized_matrix
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WARM_UP_STEPS = 3
 NATIVE_BLOCK = 16  # tokens; native blocks are multiples of it
+MOST_EXPERTS = 256  # of a layer: `Decoder::route` in native/src/step.cpp keeps their logits on the stack
 MOST_KV_MEMORY = 1 << 30  # bytes, where nothing is said
 SPIN_US = 200  # a thread that waits for the next step spins so long, then sleeps
 
@@ -112,6 +113,10 @@ def _native_runner(
     settings: RunnerSettings, checkpoint: Checkpoint, library: Library, progress: LoadProgress
 ) -> NativeRunner:
     config = checkpoint.config
+    if config.experts > MOST_EXPERTS:
+        raise SettingsError(
+            f"the native engine knows up to {MOST_EXPERTS} experts, and this model has {config.experts}"
+        )
     plan = plan_for(settings.quantization, settings.model)
     kv_dtype = "bfloat16" if settings.kv_dtype == "auto" else settings.kv_dtype
     shape = CacheShape(config.layers, 0, config.kv_heads, settings.block_size, config.head_dim, kv_dtype)
