@@ -1,0 +1,46 @@
+"""Launch configurations by device and shape: data, never searched for while serving.
+
+`tuned/<device>.json` is written by the tuner (`benchmarks/tune_kernels.py`) on that device and checked in:
+
+    {"quant_matmul": {"4,32,4096,14336,16": {"BLOCK_N": 128, "num_warps": 4}}}
+
+A missing file, kernel or shape means the caller's default.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+
+import torch
+
+Config = Mapping[str, int]
+
+
+def choose(kernel: str, key: tuple[int, ...], default: Config, device: torch.device) -> Config:
+    """`default`, with what is tuned for `key` on this device's kind in place of it.
+
+    key: what the best configuration depends on, such as bits, widths, and rows rounded up to a power of two.
+    """
+    if device.type != "cuda":
+        return default
+    tuned = _tuned(device_file(torch.cuda.get_device_name(device))).get(kernel, {})
+    found = tuned.get(",".join(map(str, key)))
+    return default if found is None else {**default, **found}
+
+
+def device_file(name: str) -> str:
+    """The file of a device: "NVIDIA H100 80GB HBM3" is nvidia_h100_80gb_hbm3.json."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".json"
+
+
+@cache
+def _tuned(file: str) -> Mapping[str, Mapping[str, Config]]:
+    path = resources.files("meshlm.kernels.gpu") / "tuned" / file
+    if not path.is_file():
+        return {}
+    tuned: Mapping[str, Mapping[str, Config]] = json.loads(path.read_text())
+    return tuned
