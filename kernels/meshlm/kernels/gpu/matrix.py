@@ -18,8 +18,8 @@ class QuantizedMatrix:
 
     codes:
         int4: (rows, cols / 2) uint8. Byte 32 s + j holds column 64 s + j in its low and column 64 s + 32 + j in its
-            high four bits, so that each half of a span is one run of columns. Unsigned; without minimums 8 stands for 0.
-            Columns are padded to whole spans with weights of 0.
+            high four bits, so that each half of a span is one run of columns. Unsigned; without minimums 8 stands for
+            0. Columns are padded to whole spans with weights of 0.
         int8: (rows, cols) int8, signed.
         fp8: (rows, cols) float8_e4m3fn.
     scales: int4 and int8: (groups, rows) float16, a group being `group` columns beside one another (32, 64, 128, or for
