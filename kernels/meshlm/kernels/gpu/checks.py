@@ -6,6 +6,8 @@ from collections.abc import Collection
 
 import torch
 
+from meshlm.kernels.gpu.dot import INTERPRETED
+
 
 class ArgumentError(ValueError):
     """An argument that a kernel cannot work with."""
@@ -46,6 +48,12 @@ def require_tensor(
 def _shown(shape: tuple[int | None, ...]) -> str:
     sizes = ", ".join("any" if size is None else str(size) for size in shape)
     return f"({sizes})"
+
+
+def require_runs_on(device: torch.device, argument: str) -> None:
+    """Raises ArgumentError unless kernels run on this device: CUDA, or a CPU under Triton's interpreter."""
+    runs = device.type == "cuda" or (device.type == "cpu" and bool(INTERPRETED.value))
+    require(runs, argument, f"is on {device}, must be on a CUDA device, or on a CPU with TRITON_INTERPRET=1")
 
 
 def require_capability(device: torch.device, least: tuple[int, int], what: str) -> None:
