@@ -14,7 +14,8 @@ class Variant:
     """A kernel with its constants, the types of its other arguments, and how it is launched.
 
     types: by parameter, as Triton spells them: "*bf16" a pointer, "i32", "fp32", "tensordesc<bf16[64,64]>"; with ":16"
-    behind it an address or number that 16 divides, as the launcher specializes it.
+    behind it an address or number that 16 divides, as the launcher specializes it. May name more than the kernel has.
+    constants: of the other parameters; an argument that is None, or the number 1, is one too.
     options: of the launch, `num_warps` and `num_stages`.
     """
 
