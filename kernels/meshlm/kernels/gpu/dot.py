@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from triton import knobs
@@ -13,7 +11,7 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
-def dot(a: Any, b: Any, accumulator: Any) -> Any:
+def dot(a, b, accumulator):
     """`accumulator + a @ b` in float32; float32 operands are not rounded to tf32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
