@@ -97,6 +97,25 @@ def test_a_position_gets_the_same_bits_however_the_work_is_cut(folder: Path, kv_
     assert torch.equal(whole, last_logits(runner, sequence(tokens), [75], crowd))
 
 
+def test_a_few_large_channels_of_keys_leave_the_others_their_4_bits(tmp_path: Path) -> None:
+    """Keys of every head get a channel 40 times as large, whose queries are as much smaller: the same products."""
+    model = transformers.LlamaForCausalLM.from_pretrained(save(tmp_path / "plain", layers=2))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # Channels 1 and 9 of 16 turn together: both, or rotation would mix large and small.
+            layer.self_attn.k_proj.weight.view(2, 16, 64)[:, [1, 9]] *= 40
+            layer.self_attn.q_proj.weight.view(4, 16, 64)[:, [1, 9]] /= 40
+    model.save_pretrained(tmp_path / "large")
+    tokens = random_tokens(200)
+
+    exact, rounded = (
+        last_logits(runner_for(tmp_path / "large", kv_dtype=kv, quantization="none"), sequence(tokens), [])
+        for kv in ("float32", "int4")
+    )
+    # 1.3 with one scale a token and head, 0.6 with factors a channel; of the plain model 0.66 and 0.29.
+    assert (exact - rounded).norm() < 0.8 * exact.norm()
+
+
 def test_unquantized_logits_equal_torchs(folder: Path) -> None:
     tokens = random_tokens(90)
     ours = last_logits(runner_for(folder, quantization="none"), sequence(tokens), [40])

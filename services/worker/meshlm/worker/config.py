@@ -19,6 +19,7 @@ _RUNNER_FIELDS = (
     "kv_dtype",
     "device",
     "dtype",
+    "gpu_fraction",
     "threads",
     "max_context",
     "kv_memory",
@@ -50,23 +51,27 @@ class WorkerConfig:
     model_path: Path | None = None
     # Folder that keeps digests of model files, so that they are read for it once.
     cache_dir: Path = field(default_factory=default_cache_dir)
-    # What computes. `auto`: the native kernels on a CPU (torch where they could not be built), torch on a GPU.
+    # What computes. `auto`: the native kernels on a CPU (torch where they could not be built), Triton's on a GPU.
     # `fake` makes letters without a model: for tests of everything around one.
-    engine: Literal["auto", "native", "torch", "fake"] = "auto"
-    # Weights of the native engine. `auto`: a GGUF file's own blocks, and for float weights the fewest bits within a
-    # bound on quality, see docs/quantization.md. `int8` and `int4` are for all; `none` keeps the file's floats.
+    engine: Literal["auto", "native", "torch", "triton", "fake"] = "auto"
+    # Weights. `auto`: a GGUF file's own blocks, and for float weights the fewest bits within a bound on quality (on a
+    # GPU only where that was measured), see docs/quantization.md. `int8`, `int4` and on a GPU `fp8` are for all; `none`
+    # keeps the file's floats.
     quantization: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"
-    # KV cache. `auto`: bfloat16 natively, else `dtype`.
-    kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    # KV cache. `auto`: bfloat16 natively, else `dtype`. `fp8`: on a GPU.
+    kv_dtype: Literal["auto", "float32", "bfloat16", "fp8", "int8", "int4"] = "auto"
     # Where the model runs, as torch names it: cpu, cuda, cuda:1.
     device: str = "cpu"
-    # Type of torch's weights and activations; the native engine's are float32.
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Type of weights and activations. `auto`: bfloat16 on a GPU, else float32, which the native engine always has.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Share of a GPU's memory to fill: what weights and steps leave of it becomes KV cache, where nothing else is said.
+    gpu_fraction: float = 0.9
     # Threads of a step; unset: the physical cores.
     threads: int | None = None
     # Most tokens of input and answer together; unset: the model's own limit.
     max_context: int | None = None
-    # Bytes of KV cache; unset: as much as a text of `max_context` tokens needs, at most 1 GiB.
+    # Bytes of KV cache; unset: what `gpu_fraction` leaves; on a CPU what a text of `max_context` tokens needs, at most
+    # 1 GiB.
     kv_memory: int | None = None
     # Blocks of KV cache; where set, it wins over `kv_memory`.
     kv_blocks: int | None = None
@@ -100,6 +105,8 @@ class WorkerConfig:
             raise ValueError("block_size must be a power of two")
         if any(count is not None and count < 1 for count in (self.kv_memory, self.kv_blocks, self.threads)):
             raise ValueError("kv_memory, kv_blocks and threads must be at least 1")
+        if not 0 < self.gpu_fraction <= 1:
+            raise ValueError("gpu_fraction must be above 0 and at most 1")
         if self.max_context is not None and self.max_context < 2:
             raise ValueError("max_context must be at least 2: a token of input and one of answer")
 

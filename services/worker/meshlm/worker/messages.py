@@ -193,6 +193,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     # Which chunks a prompt is cut into changes no bit of the result, so chunks may follow the load.
     chunk_invariant: bool = False
     kv_budgets: bool = False  # whether sequences with a KvBudget can be run
+    # The runner computes the token behind the last one early: a block for it is taken where one is free.
+    looks_ahead: bool = False
     kv_dtype: str = "float32"
     hidden_size: int = 0
     engine: str = "torch"  # what computes: torch, native (avx512), ...

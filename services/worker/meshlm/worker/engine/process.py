@@ -103,7 +103,8 @@ def load(settings: ProcessSettings, line: Line) -> Runner:
     progress("load", 0, 1)
     if settings.kind == "fake":
         return FakeRunner(msgspec.convert(settings.runner, FakeSettings))
-    from meshlm.worker.engine.load import RunnerSettings, SettingsError, load_runner
+    from meshlm.worker.engine.load import load_runner
+    from meshlm.worker.engine.settings import RunnerSettings, SettingsError
 
     try:
         return load_runner(msgspec.convert(settings.runner, RunnerSettings, dec_hook=_from_builtin), progress)

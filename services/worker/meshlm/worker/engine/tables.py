@@ -58,8 +58,18 @@ class Tables:
         return True
 
     def grow(self, sequence: Sequence) -> bool:
-        """Sees to a block for the last token. False where none is free."""
-        if len(sequence.blocks) * self._size >= len(sequence.tokens) - sequence.evicted:
+        """Sees to a block for the last token, and where the runner looks ahead and one is free, for the next as well.
+        False where none is free for the last token."""
+        known = len(sequence.tokens) - sequence.evicted
+        if not self._cover(sequence, known):
+            return False
+        if self._facts.looks_ahead and len(sequence.tokens) < self.longest(sequence):
+            self._cover(sequence, known + 1)
+        return True
+
+    def _cover(self, sequence: Sequence, tokens: int) -> bool:
+        """Takes a block where those of `sequence` hold no more than `tokens - 1`. False where none is free."""
+        if len(sequence.blocks) * self._size >= tokens:
             return True
         fresh = self.pool.acquire([], 1)
         if fresh is None:

@@ -9,8 +9,9 @@ from typing import Literal
 
 import torch
 
-from meshlm.worker.engine.load import NATIVE_BLOCK, RunnerSettings, load_runner
+from meshlm.worker.engine.load import NATIVE_BLOCK, load_runner
 from meshlm.worker.engine.sequence import Chunk, ChunkScores, Runner, Sequence
+from meshlm.worker.engine.settings import RunnerSettings
 from meshlm.worker.messages import Limits, Sampling, Submit
 from meshlm.worker.quantization.report import Row
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from meshlm.worker.config import default_cache_dir
-from meshlm.worker.engine.load import SettingsError
+from meshlm.worker.engine.settings import SettingsError
 from meshlm.worker.loading.checkpoint import open_checkpoint
 from meshlm.worker.loading.errors import ModelFileError
 from meshlm.worker.loading.revision import model_revision

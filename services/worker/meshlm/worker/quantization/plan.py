@@ -85,7 +85,7 @@ def quantized_matrix(
     Raises ModelFileError: missing, of another shape, or not to be quantized (values that are not finite).
     """
     wanted = plan.format_of(name)
-    if (blocks := _own_blocks(checkpoint, name, rows, cols, plan)) is not None:
+    if (blocks := own_blocks(checkpoint, name, rows, cols, plan)) is not None:
         return blocks
     weight = checkpoint.tensor(name, rows, cols)
     if wanted is Format.DENSE or cols % GROUP:
@@ -104,7 +104,7 @@ def quantize(
         raise ModelFileError(path, f"{name} cannot be quantized: {error}") from None
 
 
-def _own_blocks(checkpoint: Checkpoint, name: str, rows: int, cols: int, plan: Plan) -> GroupQuantized | None:
+def own_blocks(checkpoint: Checkpoint, name: str, rows: int, cols: int, plan: Plan) -> GroupQuantized | None:
     """The file's own blocks where it has some that the plan takes: exact, with no detour through floats."""
     if not plan.keep_blocks:
         return None
