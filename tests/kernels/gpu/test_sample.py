@@ -80,7 +80,7 @@ def assert_drawn(
 ) -> None:
     """The tokens are what inverse distribution gives, or a neighbour across a border that rounding moves."""
     cumulative = reference_probabilities(logits, rows, counts).cumsum(-1)
-    cumulative /= cumulative[:, -1:]
+    cumulative = cumulative / cumulative[:, -1:]
     wanted = torch.searchsorted(cumulative, rows.uniform.cpu().unsqueeze(1), right=True).squeeze(1)
     for row, (token, right) in enumerate(zip(tokens.tolist(), wanted.tolist(), strict=True)):
         assert 0 <= token < logits.shape[1]
@@ -106,12 +106,12 @@ def test_rows_of_mixed_settings_draw_what_the_definition_draws(vocab: int, count
 
 
 @pytest.mark.usefixtures("small_steps")
-@pytest.mark.parametrize("vocab", [300, 2500])
+@pytest.mark.parametrize("vocab", [300, 1300])
 def test_more_candidates_than_are_held_at_once(vocab: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(vocab)
-    logits = torch.stack([random_logits(generator, vocab, 1.0) for _ in range(8)]).to(device)
-    cases = [{"top_k": 200}, {"top_k": 150, "top_p": 0.9}, {"top_p": 0.97}, {"top_p": 0.8, "min_p": 0.01}] * 2
-    rows = rows_of([{**case, "uniform": (i + 0.4) / 8} for i, case in enumerate(cases)], device)
+    logits = torch.stack([random_logits(generator, vocab, 1.0) for _ in range(4)]).to(device)
+    cases = [{"top_k": 200}, {"top_k": 150, "top_p": 0.9}, {"top_p": 0.97}, {"top_p": 0.8, "min_p": 0.01}]
+    rows = rows_of([{**case, "uniform": (i + 0.4) / 4} for i, case in enumerate(cases)], device)
     tokens, _ = sample(logits, rows)
     assert_drawn(tokens, logits, rows)
 
@@ -244,8 +244,8 @@ def test_a_row_does_not_depend_on_the_others(device: torch.device) -> None:
 
 
 def test_thousands_of_draws_follow_the_distribution(device: torch.device) -> None:
-    """Pearson's chi-square, below its 99.9th percentile; the interpreter draws fewer from fewer tokens."""
-    vocab, draws = (40_000, 20_000) if device.type == "cuda" else (60, 1200)
+    """Pearson's chi-square of the 24 likeliest, below its 99.9th percentile; the interpreter draws fewer, and of 24."""
+    vocab, draws = (40_000, 20_000) if device.type == "cuda" else (24, 500)
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(4)).to(device) * 2
     generator = torch.Generator().manual_seed(9)
     uniforms = torch.rand(draws, generator=generator, dtype=torch.float64).tolist()

@@ -89,7 +89,7 @@ def sample(
 
 def default_config(pieces: int) -> Config:
     """Of the second launch: how many pieces it reads at a time, how many tokens it holds in registers, warps."""
-    return {"GROUP": 16, "CANDIDATES": 2048, "num_warps": 8 if pieces > 256 else 4}
+    return {"GROUP": 16, "CANDIDATES": 2048, "num_warps": 8 if pieces <= 256 else 16}
 
 
 def count_tokens(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor, *, prompt: bool = False) -> None:
@@ -187,32 +187,37 @@ def _survey(
     top = tl.max(x)
     tl.store(tile_top + row * tiles + tile, top)
     tl.store(tile_weight + row * tiles + tile, tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top))))
-    changed = tile < 0
     if PENALIZES:
         slot = tl.load(slots + row).to(tl.int64)
         again, present, often = tl.load(repetition + row), tl.load(presence + row), tl.load(frequency + row)
         penalized = (slot >= 0) & (slot < slots_n) & ((again != 1.0) | (present != 0.0) | (often != 0.0))
         counts += slot * vocab
-        x = _penalize(x, tl.load(counts + at, mask=inside & penalized, other=0), again, present, often)
-        changed = changed | penalized
+        counted = tl.where(penalized, vocab, 0)
+        x = _penalize(x, tl.load(counts + at, mask=at < counted, other=0), again, present, often)
+        changed = penalized
     if BIAS > 0:
         j = tl.arange(0, BIAS)
         ids = tl.load(bias_ids + row * bias_n + j, mask=j < bias_n, other=-1)
-        changed = changed | (tl.max(ids) >= 0)
-        tl.store(worked + at, x, mask=inside & changed)
+        if PENALIZES:
+            changed = penalized | (tl.max(ids) >= 0)
+        else:
+            changed = tl.max(ids) >= 0
+        kept = tl.where(changed, vocab, 0)
+        tl.store(worked + at, x, mask=at < kept)
         tl.debug_barrier()  # these tokens' own logits come over those
         here = (ids >= tile * TILE * PIECE) & (ids < (tile + 1) * TILE * PIECE) & (ids < vocab)
         biased = _number(tl.load(logits + ids, mask=here, other=0.0).to(tl.float32))
         biased += tl.load(bias_values + row * bias_n + j, mask=here, other=0.0)
         if PENALIZES:
-            said = tl.load(counts + ids, mask=here & penalized, other=0)
+            said = tl.load(counts + ids, mask=here & (ids < counted), other=0)
             biased = _penalize(biased, said, again, present, often)
         tl.store(worked + ids, biased, mask=here)
         tl.debug_barrier()
-        x = tl.where(changed, tl.load(worked + at, mask=inside & changed, other=float("-inf")), x)
+        x = tl.where(at < kept, tl.load(worked + at, mask=at < kept, other=0.0), x)
     elif PENALIZES:
-        tl.store(worked + at, x, mask=inside & changed)
-    tl.store(adjusted + row, changed.to(tl.int32), mask=tile == 0)
+        tl.store(worked + at, x, mask=at < counted)
+    if PENALIZES or BIAS > 0:
+        tl.store(adjusted + row, changed.to(tl.int32))
     heat = tl.load(temperature + row)
     x = cool(x, tl.where(heat > 0, tl.maximum(heat, _COLDEST), 1.0))
     top = tl.max(x, 1)
@@ -327,14 +332,14 @@ def variants() -> Iterator[Variant]:
     for name in ("bias_values", "worked", "found", "logprobs", "piece_top", "piece_weight", "tile_top", "tile_weight"):
         types[name] = "*fp32:16"
     sizes = {"PIECE": PIECE, "TILE": TILE}
-    for dtype in ("fp32", "bf16"):
+    for dtype, vocabs in (("fp32", (32_000, 128_256, 262_144)), ("bf16", (128_256,))):
         of_dtype = types | {"logits": f"*{dtype}:16"}
         for adjusts, bias in ((False, 0), (True, 16), (True, 512)):
             absent = {} if adjusts else dict.fromkeys(("slots", "counts", "bias_ids", "bias_values", "worked"))
             constants = sizes | absent | {"PENALIZES": adjusts, "BIAS": bias}
             name = f"sample survey {dtype}" + (f" penalties bias {bias}" if adjusts else "")
             yield Variant(name, _survey, of_dtype, constants, {"num_warps": 4})
-        for vocab in (32_000, 128_256, 262_144):
+        for vocab in vocabs:
             pieces = triton.next_power_of_2(triton.cdiv(vocab, PIECE * TILE) * TILE)
             config = dict(default_config(pieces))
             options = {"num_warps": config.pop("num_warps")}

@@ -47,8 +47,9 @@ def read(row, vocab, at, inside, ADJUSTS: tl.constexpr):
     logits, worked, adjusted, temperature = row
     inside = inside & (at < vocab)
     if ADJUSTS:
-        plain = tl.load(logits + at, mask=inside & (adjusted == 0), other=0.0).to(tl.float32)
-        x = tl.where(adjusted != 0, tl.load(worked + at, mask=inside & (adjusted != 0), other=0.0), plain)
+        ours = inside & (at < tl.where(adjusted != 0, vocab, 0))
+        plain = tl.load(logits + at, mask=inside & (at >= tl.where(adjusted != 0, vocab, 0)), other=0.0)
+        x = tl.where(ours, tl.load(worked + at, mask=ours, other=0.0), plain.to(tl.float32))
     else:
         x = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
     return tl.where(inside, cool(x, temperature), float("-inf"))
@@ -98,7 +99,7 @@ def gather_between(
     count = 0
     for first in range(0, n, GROUP):
         x = read_listed(row, vocab, listed, first, n, ADJUSTS, PIECE, GROUP)
-        x = tl.reshape(x, [GROUP * PIECE], can_reorder=True)
+        x = tl.reshape(x, [GROUP * PIECE])
         hit = (x > low) & (x <= high)
         position = count + tl.cumsum(hit.to(tl.int32), 0) - 1
         tl.store(found + position, x, mask=hit & (position < CANDIDATES))
