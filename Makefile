@@ -15,7 +15,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 PROTOS_STAMP := $(PROTOS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check check-native protos bench model install clean
+.PHONY: help demo up test check check-native kernels protos bench model install clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -54,6 +54,9 @@ check-native: $(DEV_STAMP) ## the native kernels' tests with address and undefin
 	MESHLM_NATIVE_SANITIZED=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	$(PY) -m pytest tests/kernels -k native
+
+kernels: $(DEV_STAMP) ## compile every GPU kernel that serving runs, for sm_80, sm_90 and sm_100, without a GPU
+	$(PY) -m meshlm.kernels.gpu.compile
 
 protos: $(PROTOS_STAMP) ## make the stubs in protos/gen anew
 	protos/generate.sh "$(CURDIR)/$(PROTOS_VENV)/bin/python"
