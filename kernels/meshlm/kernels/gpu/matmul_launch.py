@@ -1,0 +1,167 @@
+"""How a product of rows with a weight is launched: which kernel, in which configuration, over which grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import triton
+
+from meshlm.kernels.gpu.checks import require
+from meshlm.kernels.gpu.configs import Config, choose
+from meshlm.kernels.gpu.matrix import Matrix, QuantizedMatrix
+from meshlm.kernels.gpu.quant_matmul_skinny import skinny_kernel
+from meshlm.kernels.gpu.quant_matmul_tall import tall_kernel
+
+Activation = Literal["silu", "gelu_tanh"]
+
+MOST_SKINNY = 32  # rows of a tile
+BITS = {"int4": 4, "int8": 8, "fp8": 80, "dense": 16}  # as keys of configurations name the formats
+_TILES = 1 << 16  # that may be split
+_PROCESSORS_OF_CPU = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Rows of x that go to experts, in blocks of one expert each, see `moe_align.align`.
+
+    block: rows of a block; experts: (blocks,) int32, below 0 where a block has no rows; order: (blocks * block,) int32,
+    of each place the pair that it computes, pairs where it is empty; pairs: rows of the output; active: pairs that
+    share a row of x: pair p reads row p / active.
+    """
+
+    block: int
+    experts: torch.Tensor
+    order: torch.Tensor
+    pairs: int
+    active: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What kernels ask of a matrix, dense or quantized."""
+
+    format: str
+    codes: torch.Tensor
+    scales: torch.Tensor | None
+    minimums: torch.Tensor | None
+    group: int  # 0 where no group within a row has a scale of its own
+    cols: int
+
+    @staticmethod
+    def of(matrix: Matrix) -> Weight:
+        if isinstance(matrix, torch.Tensor):
+            return Weight("dense", matrix, None, None, 0, matrix.shape[1])
+        group = 0 if matrix.group >= matrix.padded and matrix.format != "int4" else matrix.group
+        return Weight(matrix.format, matrix.codes, matrix.scales, matrix.minimums, group, matrix.cols)
+
+
+def launch(
+    x: torch.Tensor,
+    matrix: Matrix,
+    rows: int,
+    out: torch.Tensor,
+    *,
+    x_scales: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: Activation | None = None,
+    routed: Routed | None = None,
+) -> None:
+    """Arguments are as the public functions have checked them. rows: of the matrix, or of one expert's part of it.
+
+    No sync with the device, and no memory but torch's: may be captured in a CUDA graph, once it has run before.
+    """
+    weight = Weight.of(matrix)
+    height = out.shape[0] if routed is None else routed.block
+    config = choose("quant_matmul", key_of(weight, rows, height, activation), default_config(weight, height), x.device)
+    block = config["BM"] if routed is None else routed.block
+    blocks = triton.cdiv(out.shape[0], block) if routed is None else len(routed.experts)
+    tiles = triton.cdiv(rows, config["BN"])
+    splits, steps = split_of(triton.cdiv(weight.cols, config["STEP"]), tiles * blocks, config, x.device)
+    partials = counters = None
+    if splits > 1:
+        size = tiles * blocks * splits * block * config["BN"]
+        partials = torch.empty(size, dtype=torch.float32, device=x.device)
+        counters = counters_of(x.device)
+    arguments: tuple[Any, ...] = (
+        *(x, weight.codes, weight.scales, weight.minimums, x_scales, bias, residual, out, partials, counters),
+        *((None, None) if routed is None else (routed.experts, routed.order)),
+        *(out.shape[0] if routed is None else routed.pairs, rows, weight.cols, x.stride(0), weight.codes.stride(0)),
+        *(0 if weight.scales is None or weight.scales.dim() == 1 else weight.scales.stride(0), out.stride(0)),
+        *(0 if residual is None else residual.stride(0), 1 if routed is None else routed.active, splits, steps),
+    )
+    constants: dict[str, Any] = {name: config[name] for name in ("BN", "STEP", "STAGES")}
+    constants |= {"BM": block, "EVEN": weight.cols % config["STEP"] == 0}
+    constants |= {"FORMAT": weight.format, "GROUP": weight.group, "ACTIVATION": activation}
+    if block <= MOST_SKINNY:
+        skinny_kernel[(tiles, splits, blocks)](*arguments, **constants, num_warps=config["num_warps"])
+    else:
+        tall_kernel[(tiles * blocks, splits)](*arguments, blocks, **constants, num_warps=config["num_warps"])
+
+
+def key_of(weight: Weight, rows: int, height: int, activation: Activation | None) -> tuple[int, ...]:
+    """What the best configuration depends on: format, group, minimum or not, shape of the weight, gated or not, and
+    rows of x rounded up to a power of two."""
+    rounded = min(triton.next_power_of_2(height), 4096)
+    minimum, gated = int(weight.minimums is not None), int(activation is not None)
+    return (BITS[weight.format], weight.group, minimum, rows, weight.cols, gated, rounded)
+
+
+def default_config(weight: Weight, height: int) -> Mapping[str, int]:
+    """For `height` rows of x, or, where they are routed, rows of a block."""
+    step = {"dense": 64, "int4": 128, "int8": 128, "fp8": 128}[weight.format]
+    if height <= 16:
+        return {"BM": 16, "BN": 128, "STEP": step, "STAGES": 3, "PROGRAMS": 4, "num_warps": 4}
+    if height <= MOST_SKINNY:
+        return {"BM": 32, "BN": 64, "STEP": step, "STAGES": 3, "PROGRAMS": 4, "num_warps": 4}
+    step = 64 if weight.group else step
+    if height <= 64:
+        return {"BM": 64, "BN": 128, "STEP": step, "STAGES": 4, "PROGRAMS": 2, "num_warps": 8}
+    return {"BM": 128, "BN": 128, "STEP": step, "STAGES": 4, "PROGRAMS": 1, "num_warps": 8}
+
+
+def split_of(steps: int, tiles: int, config: Config, device: torch.device) -> tuple[int, int]:
+    """Splits of the columns, and steps of each, so that there are PROGRAMS programs for each processor; a split has at
+    least as many steps as fill its pipeline."""
+    most = max(1, steps // (config["STAGES"] + 1))
+    splits = max(1, min(processors_of(device) * config["PROGRAMS"] // tiles, most, 32)) if tiles <= _TILES else 1
+    each = triton.cdiv(steps, splits)
+    return triton.cdiv(steps, each), each
+
+
+@cache
+def processors_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _PROCESSORS_OF_CPU
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def counters_of(device: torch.device) -> torch.Tensor:
+    """Of the splits of each tile that are done. All products of a device share them, so they must run on one stream."""
+    return torch.zeros(_TILES, dtype=torch.int32, device=device)
+
+
+def require_matrix(matrix: Matrix, argument: str, device: torch.device) -> None:
+    """Raises ArgumentError unless kernels can read the matrix, and it is on the device."""
+    parts = (matrix,) if isinstance(matrix, torch.Tensor) else (matrix.codes, matrix.scales, matrix.minimums)
+    for part in parts:
+        if part is not None:
+            require(part.device == device, argument, f"is on {part.device}, must be on {device}")
+            require(part.stride(-1) == 1, argument, "has a stride other than 1 in its last dimension")
+    if isinstance(matrix, torch.Tensor):
+        require(matrix.dim() == 2, argument, f"is of shape {tuple(matrix.shape)}, must be (rows, cols)")
+    else:
+        _require_layout(matrix, argument)
+
+
+def _require_layout(matrix: QuantizedMatrix, argument: str) -> None:
+    require(matrix.cols <= matrix.padded < matrix.cols + 64, argument, "is not padded as `pack` does it")
+    groups = (matrix.rows,) if matrix.format == "fp8" else (-(-matrix.padded // matrix.group), matrix.rows)
+    for part in (matrix.scales, matrix.minimums):
+        fits = part is None or (tuple(part.shape) == groups and part.stride() == matrix.scales.stride())
+        require(fits, argument, f"has scales or minimums of another shape than {groups}, or of other strides")

@@ -1,0 +1,193 @@
+"""The product of a few rows with a weight: bound by reading the weight once.
+
+The rows are the left operand of tensor cores, 16 or 32 of them whether they are there or not, so that a weight costs
+the same few instructions at 1 row and at 16. Weights arrive through a pipeline of asynchronous copies; a group's scale
+is applied to its sums, not to its weights. The columns may be split over programs, see `gather_splits`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from meshlm.kernels.gpu.dequantize_tile import unpack_int4
+from meshlm.kernels.gpu.dot import dot
+from meshlm.kernels.gpu.matmul_epilogue import gather_splits, store_tile, weight_rows
+
+SPAN = tl.constexpr(64)
+HALF = tl.constexpr(32)
+GROUPS = tl.constexpr(16)  # whose minimums are multiplied at a time
+
+
+@triton.jit
+def skinny_kernel(
+    x,
+    codes,
+    scales,
+    minimums,
+    x_scales,
+    bias,
+    residual,
+    out,
+    partials,
+    counters,
+    block_experts,
+    order,
+    rows,
+    N,
+    cols,
+    x_stride,
+    codes_stride,
+    scales_stride,
+    out_stride,
+    residual_stride,
+    active,
+    splits,
+    steps,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: (tiles of N, splits, blocks of rows). See `matmul_launch.launch` for the arguments."""
+    tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m = block * BM + tl.arange(0, BM)
+    expert = tl.full([], 0, tl.int64)
+    if order is not None:
+        expert = tl.load(block_experts + block).to(tl.int64)
+        if expert < 0:
+            return
+        m = tl.load(order + m)
+    valid = m < rows
+    x_rows = x + (m // active if order is not None else m).to(tl.int64)[:, None] * x_stride
+    n, exists = weight_rows(tile, N, BN, ACTIVATION is not None)
+    w_rows = codes + (expert * N + n.to(tl.int64))[None, :] * codes_stride
+    scale_rows = scales if scales is None else scales + expert * N + n
+    minimum_rows = minimums if minimums is None else minimums + expert * N + n
+    acc = tl.zeros([BM, BN], tl.float32)
+    first = split * steps
+    last = tl.minimum(first + steps, tl.cdiv(cols, STEP))
+    if GROUP == 0:
+        k = tl.arange(0, STEP)
+        for step in tl.range(first, last, num_stages=STAGES):
+            at = step * STEP + k
+            inside = at < cols
+            x_mask = valid[:, None] if EVEN else valid[:, None] & inside[None, :]
+            w_mask = exists[None, :] if EVEN else exists[None, :] & inside[:, None]
+            x_tile = tl.load(x_rows + at[None, :], mask=x_mask, other=0.0)
+            w_tile = tl.load(w_rows + at[:, None], mask=w_mask, other=0.0)
+            acc = dot(x_tile, w_tile.to(x_tile.dtype), acc)
+        if scales is not None:
+            acc *= tl.load(scale_rows, mask=exists, other=0.0).to(tl.float32)[None, :]
+    else:
+        for step in tl.range(first, last, num_stages=STAGES):
+            acc = _grouped_step(
+                acc, step, x_rows, w_rows, scale_rows, minimum_rows, valid, exists, cols, scales_stride,
+                FORMAT, GROUP, EVEN, BM, BN, STEP,
+            )  # fmt: skip
+        if minimum_rows is not None:
+            begin, end = first * STEP, tl.minimum(last * STEP, cols)
+            acc = _add_minimums(acc, begin, end, x_rows, minimum_rows, valid, exists, scales_stride, GROUP, BM, BN)
+    if x_scales is not None:
+        acc *= tl.load(x_scales + (m // active if order is not None else m), mask=valid, other=0.0)[:, None]
+    done = True
+    if partials is not None:
+        acc, done = gather_splits(
+            acc, partials, counters, block * tl.num_programs(0) + tile, split, splits, valid, BM, BN
+        )
+    if done:
+        if bias is not None:
+            acc += tl.load(bias + expert * N + n, mask=exists, other=0.0).to(tl.float32)[None, :]
+        store_tile(acc, out, residual, m, valid, tile, N, out_stride, residual_stride, BM, BN, ACTIVATION)
+
+
+@triton.jit
+def _grouped_step(
+    acc,
+    step,
+    x_rows,
+    w_rows,
+    scale_rows,
+    minimum_rows,
+    valid,
+    exists,
+    cols,
+    scales_stride,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """STEP columns, a multiple of spans and of GROUP: the sums of each group, scaled, and added to acc."""
+    j = tl.arange(0, HALF)
+    zeros = tl.zeros([BM, BN], tl.float32)
+    part = zeros
+    for span in tl.static_range(STEP // SPAN):
+        at = step * STEP + span * SPAN
+        x_mask, w_mask, grouped = valid[:, None], exists[None, :], exists
+        if not EVEN:
+            grouped = exists & (tl.full([BN], at // GROUP * GROUP, tl.int32) < cols)  # a last group may be cut short
+            w_mask = (exists & (tl.full([BN], at, tl.int32) < cols))[None, :]
+        low_mask = x_mask if EVEN else x_mask & (at + j < cols)[None, :]
+        high_mask = x_mask if EVEN else x_mask & (at + HALF + j < cols)[None, :]
+        x_low = tl.load(x_rows + (at + j)[None, :], mask=low_mask, other=0.0)
+        x_high = tl.load(x_rows + (at + HALF + j)[None, :], mask=high_mask, other=0.0)
+        if FORMAT == "int4":
+            packed = tl.load(w_rows + (at // 2 + j)[:, None], mask=w_mask, other=0)
+            low, high = unpack_int4(packed, minimum_rows is None, x_low.dtype)
+        else:
+            low = tl.load(w_rows + (at + j)[:, None], mask=w_mask, other=0).to(x_low.dtype)
+            high = tl.load(w_rows + (at + HALF + j)[:, None], mask=w_mask, other=0).to(x_low.dtype)
+        part = dot(x_low, low, part)
+        group = at // GROUP * scales_stride
+        if GROUP == HALF:
+            acc += part * tl.load(scale_rows + group, mask=grouped, other=0.0).to(tl.float32)[None, :]
+            part = dot(x_high, high, zeros)
+            high_group = group + scales_stride
+            acc += part * tl.load(scale_rows + high_group, mask=grouped, other=0.0).to(tl.float32)[None, :]
+            part = zeros
+        else:
+            high_group = group
+            part = dot(x_high, high, part)
+            if (span + 1) * SPAN % GROUP == 0:
+                acc += part * tl.load(scale_rows + group, mask=grouped, other=0.0).to(tl.float32)[None, :]
+                part = zeros
+    return acc
+
+
+@triton.jit
+def _add_minimums(
+    acc,
+    first,
+    last,
+    x_rows,
+    minimum_rows,
+    valid,
+    exists,
+    scales_stride,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """`acc + sums @ minimums`, where sums are those of x over each group of columns from `first` to `last`: a product
+    with as many columns as there are groups, so that the loop over the weights knows nothing of minimums."""
+    i = tl.arange(0, GROUPS)
+    j = tl.arange(0, HALF)
+    for begin in range(first, last, GROUPS * GROUP):
+        at = begin + i * GROUP
+        sums = tl.zeros([BM, GROUPS], tl.float32)
+        for part in tl.static_range(GROUP // HALF):
+            columns = at[:, None] + part * HALF + j[None, :]
+            mask = valid[:, None, None] & (columns < last)[None, :, :]
+            x_tile = tl.load(x_rows[:, :, None] + columns[None, :, :], mask=mask, other=0.0)
+            sums += tl.sum(x_tile.to(tl.float32), 2)
+        mask = exists[None, :] & (at < last)[:, None]
+        tile = tl.load(minimum_rows[None, :] + (at // GROUP * scales_stride)[:, None], mask=mask, other=0.0)
+        acc = tl.dot(sums, tile.to(tl.float32), acc, input_precision="tf32x3")
+    return acc
