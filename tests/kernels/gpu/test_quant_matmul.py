@@ -103,19 +103,15 @@ def test_columns_that_are_split_add_up(
     assert torch.equal(first, quant_matmul(x, matrix, activation=activation)), "the counters were not left at 0"
 
 
-def test_rows_become_fp8_within_a_step(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
-    least = 2.0**-6  # the interpreter makes smaller codes 0
+def test_rows_become_the_nearest_fp8(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
     for dtype in dtypes:
-        x = torch.randn(3, 150, device=device).to(dtype)
+        x = torch.randn(3, 5000, device=device).to(dtype)
         x[1] = 0
         codes, scales = quantize_rows(x)
-        found = codes.float() * scales[:, None]
-        assert bool(((found - x.float()).abs() <= x.float().abs() / 8 + scales[:, None] * least).all())
-        torch.testing.assert_close(
-            scales,
-            torch.tensor([1, 0, 1], device=device) * x.float().abs().amax(1) / 448
-            + torch.tensor([0, 1, 0], device=device),
-        )
+        assert float(scales[1]) == 1
+        torch.testing.assert_close(scales[::2], x[::2].float().abs().amax(1) / 448)
+        nearest = (x.float() / scales[:, None]).to(torch.float8_e4m3fn)
+        assert float((codes.float() != nearest.float()).float().mean()) < 1e-3  # ties, after another division
 
 
 def test_the_sum_is_put_where_the_caller_says(device: torch.device) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch.nn import functional
 
 from meshlm.kernels.gpu.checks import ArgumentError, require
+from meshlm.kernels.gpu.kv_cache import LARGEST_FP8
 from meshlm.kernels.quantize import GROUP, GroupQuantized
 
 WeightFormat = Literal["int4", "int8", "fp8"]
 
 SPAN = 64  # columns are padded to whole spans, and 4-bit codes of a span are packed together
 GROUPS = (32, 64, 128)
-LARGEST_FP8 = 448.0  # of e4m3
 _SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75)  # candidates for a group's scale, of the one that clips nothing
 
 

@@ -179,7 +179,7 @@ def _add_minimums(
     with as many columns as there are groups, so that the loop over the weights knows nothing of minimums."""
     i = tl.arange(0, GROUPS)
     j = tl.arange(0, HALF)
-    for begin in range(first, last, GROUPS * GROUP):
+    for begin in tl.range(first, last, GROUPS * GROUP, num_stages=1):
         at = begin + i * GROUP
         sums = tl.zeros([BM, GROUPS], tl.float32)
         for part in tl.static_range(GROUP // HALF):

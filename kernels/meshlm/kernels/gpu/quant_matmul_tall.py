@@ -138,7 +138,9 @@ def _grouped(
     acc = tl.zeros([BN, BM], tl.float32)
     j = tl.arange(0, HALF)
     low_scale, high_scale = _pair(scale_rows, first, last, exists, scales_stride, GROUP)
-    low_minimum, high_minimum = _pair(minimum_rows, first, last, exists, scales_stride, GROUP)
+    low_minimum, high_minimum = low_scale, high_scale
+    if minimum_rows is not None:
+        low_minimum, high_minimum = _pair(minimum_rows, first, last, exists, scales_stride, GROUP)
     for span in tl.range(first, last, num_stages=STAGES):
         at = span * SPAN
         x_low_mask, x_high_mask = valid[None, :], valid[None, :]
@@ -152,33 +154,27 @@ def _grouped(
             high = tl.load(w_rows + (at + HALF + j)[None, :], mask=exists[:, None], other=0)
         x_low = tl.load(x_rows + (at + j)[:, None], mask=x_low_mask, other=0.0)
         x_high = tl.load(x_rows + (at + HALF + j)[:, None], mask=x_high_mask, other=0.0)
-        next_scales = _pair(scale_rows, span + 1, last, exists, scales_stride, GROUP)
-        next_minimums = _pair(minimum_rows, span + 1, last, exists, scales_stride, GROUP)
+        next_low, next_high = _pair(scale_rows, span + 1, last, exists, scales_stride, GROUP)
         if FORMAT == "int4":
             low, high = unpack_int4(packed, minimum_rows is None, x_low.dtype)
-        acc = dot(_scaled(low, low_scale, low_minimum, x_low.dtype), x_low, acc)
-        acc = dot(_scaled(high, high_scale, high_minimum, x_high.dtype), x_high, acc)
-        low_scale, high_scale = next_scales
-        low_minimum, high_minimum = next_minimums
+        low = low.to(tl.float32) * low_scale.to(tl.float32)[:, None]
+        high = high.to(tl.float32) * high_scale.to(tl.float32)[:, None]
+        if minimum_rows is not None:
+            low += low_minimum.to(tl.float32)[:, None]
+            high += high_minimum.to(tl.float32)[:, None]
+            low_minimum, high_minimum = _pair(minimum_rows, span + 1, last, exists, scales_stride, GROUP)
+        acc = dot(low.to(x_low.dtype), x_low, acc)
+        acc = dot(high.to(x_high.dtype), x_high, acc)
+        low_scale, high_scale = next_low, next_high
     return acc
 
 
 @triton.jit
 def _pair(rows, span, last, exists, stride, GROUP: tl.constexpr):
-    """Scales, or minimums, of the halves of a span, (BN,) each; those of no span are 0, those of no rows None."""
-    if rows is None:
-        return None, None
+    """Scales, or minimums, of the halves of a span, (BN,) each; those of no span are 0."""
     group = span * SPAN // GROUP * stride
     mask = exists & (tl.full(exists.shape, span, tl.int32) < last)
     low = tl.load(rows + group, mask=mask, other=0.0)
     if GROUP == HALF:
         return low, tl.load(rows + group + stride, mask=mask, other=0.0)
     return low, low
-
-
-@triton.jit
-def _scaled(codes, scale, minimum, dtype: tl.constexpr):
-    values = codes.to(tl.float32) * scale.to(tl.float32)[:, None]
-    if minimum is not None:
-        values += minimum.to(tl.float32)[:, None]
-    return values.to(dtype)

@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+from meshlm.kernels.gpu.fp8 import to_fp8
+from meshlm.kernels.gpu.kv_cache import LARGEST_FP8
 from meshlm.kernels.gpu.variants import Variant
 
-LARGEST = tl.constexpr(448.0)  # of e4m3
+_LARGEST = tl.constexpr(LARGEST_FP8)
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,12 +39,11 @@ def _quantize_rows(x, codes, scales, cols, stride, BLOCK: tl.constexpr):
         values = tl.load(x + row * stride + begin + i, mask=begin + i < cols, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(values))
     most = tl.max(largest, 0)
-    scale = tl.where(most > 0, most / LARGEST, 1.0)
+    scale = tl.where(most > 0, most / _LARGEST, 1.0)
     tl.store(scales + row, scale)
     for begin in range(0, cols, BLOCK):
         values = tl.load(x + row * stride + begin + i, mask=begin + i < cols, other=0.0).to(tl.float32)
-        scaled = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
-        tl.store(codes + row * cols + begin + i, scaled.to(codes.dtype.element_ty), mask=begin + i < cols)
+        tl.store(codes + row * cols + begin + i, to_fp8(values / scale), mask=begin + i < cols)
 
 
 def variants() -> Iterator[Variant]:
