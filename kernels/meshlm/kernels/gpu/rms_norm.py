@@ -49,7 +49,7 @@ def rms_norm(
 
 def warps(width: int) -> int:
     """So that a thread holds 16 elements of a row, or fewer."""
-    return min(16, max(1, triton.next_power_of_2(width) // 512))
+    return min(16, max(1, int(triton.next_power_of_2(width)) // 512))
 
 
 @triton.jit

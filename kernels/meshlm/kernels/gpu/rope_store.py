@@ -219,8 +219,8 @@ def variants() -> Iterator[Variant]:
         "turns": "*fp32:16", "known": "i32:16", "query_norm": "*fp32:16", "key_norm": "*fp32:16", "eps": "fp32",
         "slots_n": "i32:16",
     }  # fmt: skip
-    codes = {"bfloat16": "*bf16:16", "fp8": "*fp8e4nv:16", "int8": "*i8:16", "int4": "*u8:16"}
-    scales = {"bfloat16": None, "fp8": "*fp32:16", "int8": "*fp16:16", "int4": "*fp16:16"}
+    codes: dict[KvFormat, str] = {"bfloat16": "*bf16:16", "fp8": "*fp8e4nv:16", "int8": "*i8:16", "int4": "*u8:16"}
+    scales: dict[KvFormat, str] = {"fp8": "*fp32:16", "int8": "*fp16:16", "int4": "*fp16:16"}
     for name, heads, kv_heads, rotated, norms, formats in (
         ("llama 8b", 32, 8, 128, False, tuple(codes)),
         ("qwen3 8b", 32, 8, 128, True, ("bfloat16",)),
@@ -233,10 +233,10 @@ def variants() -> Iterator[Variant]:
             }  # fmt: skip
             given = types | dict.fromkeys(("keys", "values"), codes[kv_format])
             absent = [] if norms else ["query_norm", "key_norm"]
-            if scales[kv_format] is None:
-                absent += ["key_scales", "value_scales"]
-            else:
+            if kv_format in scales:
                 given |= dict.fromkeys(("key_scales", "value_scales"), scales[kv_format])
+            else:
+                absent += ["key_scales", "value_scales"]
             yield Variant(
                 f"rope_store {name} {kv_format}",
                 _rope_store,

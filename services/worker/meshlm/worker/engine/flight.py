@@ -35,7 +35,7 @@ class Reply:
         pinned = device.type == "cuda"
         self._tokens = torch.zeros(most, dtype=torch.int32, pin_memory=pinned)
         self._logprobs = torch.zeros(most, dtype=torch.float32, pin_memory=pinned)
-        self._arrived = torch.cuda.Event() if pinned else None
+        self._arrived = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
     def fetch(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
         """Starts the copy of (draws,) tokens and their log-probabilities."""

@@ -59,6 +59,6 @@ def _keys(cache: Cache, count: int) -> torch.Tensor:
     shape = cache.shape
     pieces = shape.block_size // _PIECE
     blocks = cache.data.view(torch.float32).view(shape.layers, shape.blocks, shape.kv_heads, pieces, -1)
-    keys = blocks[..., : shape.head_dim * _PIECE].unflatten(-1, (shape.head_dim, _PIECE))
+    keys = blocks[..., : shape.head_dim * _PIECE].view(*blocks.shape[:4], shape.head_dim, _PIECE)
     # (layers, blocks, kv_heads, pieces, head_dim, PIECE): tokens run over blocks, pieces, and within a piece.
     return keys.permute(0, 2, 4, 1, 3, 5).flatten(3)[..., :count]
