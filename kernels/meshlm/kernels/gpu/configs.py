@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
@@ -20,11 +22,38 @@ import torch
 Config = Mapping[str, int]
 
 
+@dataclass(slots=True)
+class Trial:
+    """What the tuner tries. asked: the defaults of what was chosen meanwhile, by key."""
+
+    kernel: str
+    config: Config
+    asked: dict[tuple[int, ...], Config] = field(default_factory=dict)
+
+
+_trial: Trial | None = None
+
+
+@contextmanager
+def trying(kernel: str, config: Config) -> Iterator[Trial]:
+    """For the tuner alone: `choose` answers with `config` for this kernel, whatever is tuned. Of a process, not of a
+    thread."""
+    global _trial
+    _trial = Trial(kernel, config)
+    try:
+        yield _trial
+    finally:
+        _trial = None
+
+
 def choose(kernel: str, key: tuple[int, ...], default: Config, device: torch.device) -> Config:
     """`default`, with what is tuned for `key` on this device's kind in place of it.
 
     key: what the best configuration depends on, such as bits, widths, and rows rounded up to a power of two.
     """
+    if _trial is not None and _trial.kernel == kernel:
+        _trial.asked[key] = default
+        return {**default, **_trial.config}
     if device.type != "cuda":
         return default
     tuned = _tuned(device_file(torch.cuda.get_device_name(device))).get(kernel, {})

@@ -1,0 +1,1 @@
+"""What `kernels.py` measures, one file a kind of operation: each yields cases, built one at a time."""
