@@ -160,3 +160,14 @@ def test_what_it_cannot_work_with_is_named(device: torch.device, argument: str) 
     with pytest.raises(ArgumentError) as caught:
         rope_store(**(given | {argument: bad[argument]}))
     assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+def test_what_is_too_large_for_a_scale_in_float16_is_stored_as_its_largest(
+    device: torch.device, kv_format: KvFormat
+) -> None:
+    qkv = torch.full((len(POSITIONS), 3, 64), -1e9, device=device)
+    layer = allocate_kv_layer(kv_format, 4, 1, 8, 64, device)
+    run(qkv, layer, turns_table(rope_frequencies(64, 1e4).to(device), 64), 1, {})
+    _, values = dequantize_kv(layer)
+    assert values[1, :, 0].eq(-65504.0 * (127 if kv_format == "int8" else 7)).all()

@@ -46,7 +46,7 @@ def embedding(
     else:
         require_tensor("out", out, shape=(len(tokens), width), dtypes=(dtype,), device=tokens.device)
     if len(tokens):
-        _embed[(triton.cdiv(width, BLOCK), len(tokens))](
+        _embed[(len(tokens), triton.cdiv(width, BLOCK))](
             tokens, codes, codes.stride(0), quantized and quantized.scales, quantized and quantized.minimums,
             out, out.stride(0), vocab, width, scale,
             FORMAT=0 if quantized is None else _FORMATS[quantized.format],
@@ -61,9 +61,9 @@ def _embed(
     tokens, codes, stride, scales, minimums, out, out_stride, vocab, width, scale,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens + row).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     everywhere = tl.zeros([BLOCK], tl.int64) + token  # the interpreter makes no mask of a number's comparison
     held = inside & (everywhere >= 0) & (everywhere < vocab)

@@ -39,7 +39,7 @@ def _launch(gate_up: torch.Tensor, out: torch.Tensor | None, *, gelu: bool) -> t
     else:
         require_tensor("out", out, shape=(rows, width), dtypes=(gate_up.dtype,), device=gate_up.device)
     if rows:
-        _gated[(triton.cdiv(width, BLOCK), rows)](
+        _gated[(rows, triton.cdiv(width, BLOCK))](
             gate_up, gate_up.stride(0), out, out.stride(0), width, GELU=gelu, BLOCK=BLOCK, num_warps=4
         )
     return out
@@ -60,8 +60,8 @@ def activate(gate, GELU: tl.constexpr):
 
 @triton.jit
 def _gated(gate_up, in_stride, out, out_stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     gate = tl.load(gate_up + row * in_stride + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * in_stride + width + at, mask=inside, other=0.0).to(tl.float32)

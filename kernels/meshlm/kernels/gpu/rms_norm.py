@@ -61,13 +61,13 @@ def _rms_norm(
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
     values = tl.load(x + row * x_stride + at, mask=inside, other=0.0)
+    factors = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)  # on its way while the row is summed
     if ADDS:
         place = residual + row * residual_stride + at
         values = (tl.load(place, mask=inside, other=0.0).to(tl.float32) + values.to(tl.float32)).to(values.dtype)
         tl.store(place, values, mask=inside)
     wide = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
-    factors = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + at, (wide * scale * factors).to(out.dtype.element_ty), mask=inside)
 
 

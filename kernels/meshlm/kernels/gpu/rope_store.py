@@ -18,10 +18,12 @@ from meshlm.kernels.gpu.fp8 import to_fp8
 from meshlm.kernels.gpu.kv_cache import KvFormat, KvLayer
 from meshlm.kernels.gpu.variants import ARCHITECTURES, Variant
 
-HEADS_AT_A_TIME = 4
+HEADS_AT_A_TIME = 8  # of 128 elements: 16 bytes a thread and half, the widest access
+WARPS = 2
 _FORMATS: dict[KvFormat, int] = {"float32": 0, "float16": 0, "bfloat16": 0, "fp8": 1, "int8": 2, "int4": 3}
 _FP8, _INT8, _INT4 = (tl.constexpr(number) for number in (1, 2, 3))
 _LEAST_SCALE = tl.constexpr(1e-7)  # a float16 holds it; what is smaller is stored as 0
+_LARGEST_SCALE = tl.constexpr(65504.0)  # of float16
 
 
 def turns_table(frequencies: torch.Tensor, positions: int, factor: float = 1.0) -> torch.Tensor:
@@ -62,12 +64,12 @@ def rope_store(
     if rows == 0:
         return
     half = triton.next_power_of_2(head_dim // 2)
-    _rope_store[(triton.cdiv(heads + 2 * kv_heads, HEADS_AT_A_TIME), rows)](
+    _rope_store[(rows, triton.cdiv(heads + 2 * kv_heads, HEADS_AT_A_TIME))](
         qkv, qkv.stride(0), qkv.stride(1), positions, slots, turns, turns.shape[0], query_norm, key_norm, eps,
         layer.keys, layer.values, layer.key_scales, layer.value_scales, layer.blocks * layer.block_size,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, ROTATED=rotated, HALF=half, BLOCK_SIZE=layer.block_size,
         FORMAT=_FORMATS[layer.format], QUERY_NORM=query_norm is not None, KEY_NORM=key_norm is not None,
-        AT_A_TIME=HEADS_AT_A_TIME, num_warps=4,
+        AT_A_TIME=HEADS_AT_A_TIME, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def _store(
     if FORMAT == _INT8 or FORMAT == _INT4:  # noqa: SIM109 - Triton knows no `in`
         most = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
         levels: tl.constexpr = 127.0 if FORMAT == _INT8 else 7.0
-        scale = (most / levels).to(tl.float16)
+        scale = tl.minimum(most / levels, _LARGEST_SCALE).to(tl.float16)
         tl.store(scales + place, scale, mask=mask)
         exact = scale.to(tl.float32)
         inverse = tl.where(exact > _LEAST_SCALE, 1 / tl.maximum(exact, _LEAST_SCALE), 0.0)[:, None]
@@ -162,8 +164,8 @@ def _rope_store(
     BLOCK_SIZE: tl.constexpr, FORMAT: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr,
     AT_A_TIME: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    head = tl.program_id(0) * AT_A_TIME + tl.arange(0, AT_A_TIME)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * AT_A_TIME + tl.arange(0, AT_A_TIME)
     is_query, is_key = head < HEADS, (head >= HEADS) & (head < HEADS + KV_HEADS)
     is_value = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
     middle: tl.constexpr = HEAD_DIM // 2
@@ -173,9 +175,7 @@ def _rope_store(
     pointer = qkv + row * row_stride + head.to(tl.int64)[:, None] * head_stride
     low = tl.load(pointer + columns[None, :], mask=held, other=0.0).to(tl.float32)
     high = tl.load(pointer + middle + columns[None, :], mask=held, other=0.0).to(tl.float32)
-    if ROTATED == HEAD_DIM:
-        low_partner, high_partner, low_other, high_other = high, low, columns + middle, columns
-    else:
+    if ROTATED < HEAD_DIM:
         low_partner, low_other = _partners(pointer, columns, held, ROTATED)
         high_partner, high_other = _partners(pointer, columns + middle, held, ROTATED)
         tl.debug_barrier()  # queries are stored in place: no thread may, before all have read their partners
@@ -183,21 +183,28 @@ def _rope_store(
         scale = tl.rsqrt(_square_mean(low, high, HEAD_DIM) + eps)[:, None]
         if QUERY_NORM:
             applies = is_query[:, None]
-            low_partner = _normed(low_partner, scale, query_norm, low_other, inside, applies)
-            high_partner = _normed(high_partner, scale, query_norm, high_other, inside, applies)
             low = _normed(low, scale, query_norm, columns, inside, applies)
             high = _normed(high, scale, query_norm, columns + middle, inside, applies)
+            if ROTATED < HEAD_DIM:
+                low_partner = _normed(low_partner, scale, query_norm, low_other, inside, applies)
+                high_partner = _normed(high_partner, scale, query_norm, high_other, inside, applies)
         if KEY_NORM:
             applies = is_key[:, None]
-            low_partner = _normed(low_partner, scale, key_norm, low_other, inside, applies)
-            high_partner = _normed(high_partner, scale, key_norm, high_other, inside, applies)
             low = _normed(low, scale, key_norm, columns, inside, applies)
             high = _normed(high, scale, key_norm, columns + middle, inside, applies)
+            if ROTATED < HEAD_DIM:
+                low_partner = _normed(low_partner, scale, key_norm, low_other, inside, applies)
+                high_partner = _normed(high_partner, scale, key_norm, high_other, inside, applies)
     position = tl.minimum(tl.maximum(tl.load(positions + row), 0), known - 1).to(tl.int64)
     turn = turns + position * ROTATED
+    if ROTATED < HEAD_DIM:
+        turned_low = _turned(low, low_partner, columns, turn, ROTATED)
+        turned_high = _turned(high, high_partner, columns + middle, turn, ROTATED)
+    else:
+        cos = tl.load(turn + columns, mask=inside, other=1.0)[None, :]
+        sin = tl.load(turn + middle + columns, mask=inside, other=0.0)[None, :]
+        turned_low, turned_high = low * cos - high * sin, high * cos + low * sin
     plain = is_value[:, None]
-    turned_low = _turned(low, low_partner, columns, turn, ROTATED)
-    turned_high = _turned(high, high_partner, columns + middle, turn, ROTATED)
     low, high = tl.where(plain, low, turned_low), tl.where(plain, high, turned_high)
     queries = is_query[:, None] & inside[None, :]
     tl.store(pointer + columns[None, :], low.to(qkv.dtype.element_ty), mask=queries)
@@ -242,6 +249,6 @@ def variants() -> Iterator[Variant]:
                 _rope_store,
                 {key: value for key, value in given.items() if key not in absent},
                 constants | dict.fromkeys(absent),
-                {"num_warps": 4},
+                {"num_warps": WARPS},
                 architectures=(90, 100) if kv_format == "fp8" else ARCHITECTURES,
             )
