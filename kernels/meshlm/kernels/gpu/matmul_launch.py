@@ -18,6 +18,7 @@ from meshlm.kernels.gpu.quant_matmul_tall import tall_kernel
 
 Activation = Literal["silu", "gelu_tanh"]
 
+FP8_CAPABILITY = (8, 9)
 MOST_SKINNY = 32  # rows of a tile
 BITS = {"int4": 4, "int8": 8, "fp8": 80, "dense": 16}  # as keys of configurations name the formats
 _TILES = 1 << 16  # that may be split

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from meshlm.kernels.gpu.checks import require, require_capability, require_runs_on, require_tensor
-from meshlm.kernels.gpu.matmul_launch import Activation, launch, require_matrix
+from meshlm.kernels.gpu.matmul_launch import FP8_CAPABILITY, Activation, launch, require_matrix
 from meshlm.kernels.gpu.matrix import QuantizedMatrix
 from meshlm.kernels.gpu.quantize_rows import quantize_rows
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_FP8_CAPABILITY = (8, 9)
 
 
 def quant_matmul(
@@ -47,7 +46,7 @@ def quant_matmul(
     else:
         require_tensor("out", out, shape=shape, dtypes=(x.dtype,), device=x.device)
     if matrix.format == "fp8":
-        require_capability(x.device, _FP8_CAPABILITY, "matrix")
+        require_capability(x.device, FP8_CAPABILITY, "matrix")
     if x.shape[0] == 0:
         return out
     scales = None
