@@ -95,7 +95,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "default_config", lambda pieces: {"GROUP": 2, "CANDIDATES": 16, "num_warps": 4})
 
 
-@pytest.mark.parametrize(("vocab", "count"), [(1, 4), (33, 20), (500, 30), (3001, 30), (9000, 6)])
+@pytest.mark.parametrize(("vocab", "count"), [(1, 4), (33, 20), (500, 20), (3001, 20), (9000, 5)])
 def test_rows_of_mixed_settings_draw_what_the_definition_draws(vocab: int, count: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(vocab)
     count *= 10 if device.type == "cuda" else 1
@@ -125,7 +125,7 @@ def test_more_candidates_than_are_held_at_once(vocab: int, device: torch.device)
     min_p=st.sampled_from([0.0, 0.1, 1.0]),
     uniform=st.floats(0, 1, exclude_max=True),
 )
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=25, derandomize=True)
 def test_any_finite_logits_draw_what_the_definition_draws(
     values: list[float], top_k: int, top_p: float, min_p: float, uniform: float
 ) -> None:
@@ -244,21 +244,20 @@ def test_a_row_does_not_depend_on_the_others(device: torch.device) -> None:
 
 
 def test_thousands_of_draws_follow_the_distribution(device: torch.device) -> None:
-    """Pearson's chi-square of the 24 likeliest, below its 99.9th percentile; the interpreter draws fewer, and of 24."""
-    vocab, draws = (40_000, 20_000) if device.type == "cuda" else (24, 500)
-    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(4)).to(device) * 2
+    """Pearson's chi-square of the likeliest, below its 99.9th percentile; the interpreter draws fewer, and of fewer."""
+    vocab, draws, top_k, percentile = (40_000, 20_000, 24, 49.73) if device.type == "cuda" else (12, 300, 12, 31.26)
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(4)).to(device) / 2
     generator = torch.Generator().manual_seed(9)
     uniforms = torch.rand(draws, generator=generator, dtype=torch.float64).tolist()
-    rows = rows_of([{"temperature": 1.2, "top_k": 24, "uniform": u} for u in uniforms], device)
+    rows = rows_of([{"temperature": 1.2, "top_k": top_k, "uniform": u} for u in uniforms], device)
     tokens, _ = sample(logits.expand(draws, -1), rows)
     expected = reference_probabilities(logits, row_of(rows, 0))[0] * draws
-    observed = torch.bincount(tokens.long().cpu(), minlength=vocab).double()
-    assert observed[expected == 0].sum() == 0
     kept = expected > 0
-    statistic = ((observed - expected)[kept] ** 2 / expected[kept]).sum().item()
-    freedom = int(kept.sum()) - 1
-    assert freedom == 23
-    assert statistic < 49.73
+    assert int(kept.sum()) == top_k
+    assert expected[kept].min() > 5
+    observed = torch.bincount(tokens.long().cpu(), minlength=vocab).double()
+    assert observed[~kept].sum() == 0
+    assert ((observed - expected)[kept] ** 2 / expected[kept]).sum() < percentile
 
 
 @pytest.mark.oracle
