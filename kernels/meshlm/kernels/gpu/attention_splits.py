@@ -36,6 +36,12 @@ def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (0, 0) of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def empty_parts(rows: int, heads: int, splits: int, head_dim: int, device: torch.device) -> Parts:
     """What the programs leave for the merge: outputs (rows, heads, splits, head_dim), and the base-2 logarithms of
     their weights' sums (rows, heads, splits), -inf where a part is empty and its output not written; both float32."""
