@@ -54,14 +54,15 @@ def dequantize(weight: GroupQuantized) -> torch.Tensor:
 # Weights searched at a time: they stay in a core's cache, and torch, which splits larger operations than this, computes
 # each on one thread. Barriers around operations this short cost a hundredfold beside a busy process.
 _CHUNK = 1 << 15
-_REFINEMENTS = 2
+REFINEMENTS = 2
 # A group's extreme weight over the candidate scales. An integer beyond the codes clips the extreme a little, which pays
 # where the others are far below it.
-_SYMMETRIC = {
+SYMMETRIC_DIVISORS = {
     4: (-8.0, 7.0, -7.4, -7.7, -8.3, -8.7, -9.2, -9.8, -10.6, -12.0, -6.5, 7.5, 8.3, 9.5),
     8: (127.0, -128.0, -127.5, -128.5, -130.0),
 }
-_SPANS = (15.0, 14.0, 14.5, 15.4, 15.8, 16.3, 17.0, 18.0)  # a group's range over the candidate scales, with minimums
+# A group's range over the candidate scales, with minimums.
+SPAN_STEPS = (15.0, 14.0, 14.5, 15.4, 15.8, 16.3, 17.0, 18.0)
 
 
 def quantize_groups(
@@ -176,12 +177,12 @@ def _search_symmetric(x: torch.Tensor, w: torch.Tensor | None, bits: int) -> _Fo
 
     low, high = x.aminmax(dim=0)
     extreme = torch.where(high > -low, high, low)
-    best, explained = solve(codes_of(extreme / _SYMMETRIC[bits][0]))
-    for divisor in _SYMMETRIC[bits][1:]:
+    best, explained = solve(codes_of(extreme / SYMMETRIC_DIVISORS[bits][0]))
+    for divisor in SYMMETRIC_DIVISORS[bits][1:]:
         scale, share = solve(codes_of(extreme / divisor))
         better = share > explained
         best, explained = torch.where(better, scale, best), torch.where(better, share, explained)
-    for _ in range(_REFINEMENTS):
+    for _ in range(REFINEMENTS):
         best, _ = solve(codes_of(best))
     return _best_of(stored(best), stored(extreme.abs() / (half - 1)), stored(extreme / -half))
 
@@ -210,13 +211,13 @@ def _search_minimum(x: torch.Tensor, w: torch.Tensor | None) -> _Found:
 
     low, high = centered.aminmax(dim=0)
     span = high - low
-    best, bottom, explained = solve(codes_of(span / _SPANS[0], low))
-    for steps in _SPANS[1:]:
+    best, bottom, explained = solve(codes_of(span / SPAN_STEPS[0], low))
+    for steps in SPAN_STEPS[1:]:
         scale, minimum, share = solve(codes_of(span / steps, low))
         better = share > explained
         best, explained = torch.where(better, scale, best), torch.where(better, share, explained)
         bottom = torch.where(better, minimum, bottom)
-    for _ in range(_REFINEMENTS):
+    for _ in range(REFINEMENTS):
         best, bottom, _ = solve(codes_of(best, bottom))
     return _best_of(stored(best, bottom + mean), stored(span / 15, low + mean))
 
