@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`benchmarks/` is a folder of scripts."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in [name for name in sys.modules if name.partition(".")[0] == "kernel_cases"]:
+    scripts = {"kernel_cases", "kernels", "tune_kernels", "harness"}
+    for name in [name for name in sys.modules if name.partition(".")[0] in scripts]:
         del sys.modules[name]
 
 
@@ -117,3 +119,61 @@ def test_a_report_names_what_is_reached_wrong_and_worst(case: ModuleType) -> Non
     )
     rows = report.rows_of([good])
     assert (rows[0].value, rows[0].limit, rows[0].peer_value, rows[0].ratio) == pytest.approx((12.5, 10, 40, 3.2))
+
+
+@pytest.fixture
+def command(case: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """`kernels.py` on a device that is made up, with three cases of which the second fails."""
+    kernels, measure = import_module("kernels"), import_module("kernel_cases.measure")
+    cases = [case.Case(name, lambda: None, case.Goal(of_limit=0.5)) for name in ("one", "broken", "two")]
+
+    def measured(one: object, limits: object, runs: int) -> object:
+        if one is cases[1]:
+            raise RuntimeError("cannot be launched")
+        return measure.Measured(one, 0.02, [1.5e-5], 1e-5, {"torch": [3e-5]}, {"cuDNN": "not built"}, 0.001)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 << 30, L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(kernels, "correctness", lambda: (True, "99 passed"))
+    monkeypatch.setattr(kernels, "ceilings", lambda: measure.Ceilings(3e12, 8e14))
+    monkeypatch.setattr(kernels, "measure", measured)
+    monkeypatch.setattr(kernels, "import_module", lambda name: SimpleNamespace(cases=lambda plan: cases))
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--kinds", "sampling", "--page", str(tmp_path / "page.md")])
+    return kernels
+
+
+def test_a_case_that_fails_leaves_the_others_and_is_named(command: ModuleType, tmp_path: Path) -> None:
+    assert command.main() == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "Correctness on this device first: 99 passed." in page
+    assert "a copy reads and writes 3.00 TB/s, an 8192-cubed product in bf16 makes 800 TFLOP/s" in page
+    assert "2 of 2 cases with a goal reach it." in page
+    assert "- broken: not measured: RuntimeError: cannot be launched" in page
+    assert "- one, cuDNN: not measured: not built" in page
+
+
+def test_nothing_is_timed_where_the_kernels_are_wrong(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "correctness", lambda: (False, "1 failed"))
+    monkeypatch.setattr(command, "ceilings", lambda: pytest.fail("timed"))
+    assert command.main() == 1
+
+
+def test_without_a_device_it_says_so(benchmarks: None, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    for script in ("kernels", "tune_kernels"):
+        module = import_module(script)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, "--quick"])
+            assert not module.main()
+    assert capsys.readouterr().out == "not measured: no CUDA device\nnot tuned: no CUDA device\n"
+
+
+def test_the_page_is_named_after_device_and_date(benchmarks: None) -> None:
+    kernels = import_module("kernels")
+    name = kernels.page_file(Path(), "NVIDIA H100 80GB HBM3").name
+    assert re.fullmatch(r"kernels_nvidia-h100-80gb-hbm3_\d{8}\.md", name)
+    assert kernels.page_file(Path("here.md"), "any") == Path("here.md")
