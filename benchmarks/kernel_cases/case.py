@@ -36,6 +36,7 @@ class Work:
     set work on the same numbers; all sets together exceed the L2 cache.
 
     tolerance: of the relative Frobenius distance from the first peer's result; None where results are not comparable.
+    captured: as a CUDA graph; not where a call waits for the device.
     """
 
     ours: Call
@@ -44,6 +45,7 @@ class Work:
     flops: float = 0.0
     peers: Mapping[str, Call] = field(default_factory=dict)
     tolerance: float | None = 0.02
+    captured: bool = True
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,35 +76,36 @@ def ceilings() -> Ceilings:
     return Ceilings(2 * source.nbytes / copying, 2 * 8192**3 / multiplying)
 
 
-def timed(call: Call, sets: int, runs: int) -> list[float]:
-    """Seconds a call, of each of `runs` replays of a CUDA graph in which calls go around their sets of buffers."""
+def timed(call: Call, sets: int, runs: int, captured: bool = True) -> list[float]:
+    """Seconds a call, of each of `runs` replays of a CUDA graph in which calls go around their sets of buffers; or of
+    as many rounds of plain calls."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for i in range(min(sets, 3)):  # compiles, and lets libraries allocate
             call(i)
         stream.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record(stream)
-        for i in range(3):
-            call(i % sets)
-        end.record(stream)
-        end.synchronize()
-    once = start.elapsed_time(end) / 3e3
+        once = _elapsed(lambda: [call(i % sets) for i in range(3)]) / 3
     count = min(MOST_CALLS, math.ceil(AT_A_TIME / once))
-    count = max(1, math.ceil(count / sets)) * sets if sets <= MOST_CALLS else sets
+    count = math.ceil(count / sets) * sets
+    if not captured:
+        return [_elapsed(lambda: [call(i % sets) for i in range(count)]) / count for _ in range(runs)]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(count):
             call(i % sets)
-    found = []
-    for run in range(runs + 2):
-        start.record()
+    for _ in range(2):
         graph.replay()
-        end.record()
-        end.synchronize()
-        if run >= 2:
-            found.append(start.elapsed_time(end) / 1e3 / count)
-    return found
+    return [_elapsed(graph.replay) / count for _ in range(runs)]
+
+
+def _elapsed(work: Callable[[], object]) -> float:
+    """Seconds between two events of the current stream, with what is launched between them."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def measure(case: Case, limits: Ceilings, runs: int) -> Measured:
@@ -111,13 +113,13 @@ def measure(case: Case, limits: Ceilings, runs: int) -> Measured:
     work = case.prepare()
     absent: dict[str, str] = {}
     distance = compare(work, absent)
-    ours = timed(work.ours, work.sets, runs)
+    ours = timed(work.ours, work.sets, runs, work.captured)
     theirs = {}
     for name, peer in work.peers.items():
         if name in absent:
             continue
         try:
-            theirs[name] = timed(peer, work.sets, runs)
+            theirs[name] = timed(peer, work.sets, runs, work.captured)
         except RuntimeError as error:  # cannot be captured
             absent[name] = _shown(error)
             torch.cuda.synchronize()

@@ -50,6 +50,8 @@ def case(benchmarks: None) -> ModuleType:
         ("elementwise", "embedding_work", (3,)),
         ("sampling", "sample_work", (2, 1.0, 5, 0.9)),
         ("adapters", "lora_work", (7, 3, 64, 48)),
+        ("quantizers", "quantize_work", ("int4 groups of 32", 3, 64)),
+        ("quantizers", "dequantize_work", ("int4 groups of 128 with minimum", 3, 128)),
         ("experts", "mixture_work", ("bf16", 3, 64, 64)),
         ("experts", "mixture_work", ("int4", 3, 64, 128)),
     ],
@@ -85,7 +87,7 @@ def test_the_cases_have_names_of_their_own_and_the_issues_goals(case: ModuleType
     for quick in (True, False):
         plan = case.Plan(quick, device, memory=16 << 30, cache=50 << 20)
         found = {}
-        for kind in ("attention", "matmul", "elementwise", "sampling"):
+        for kind in import_module("kernels").KINDS:
             for one in import_module(f"kernel_cases.{kind}").cases(plan):
                 assert one.name not in found
                 found[one.name] = str(one.goal)
