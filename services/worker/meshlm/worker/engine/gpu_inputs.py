@@ -172,11 +172,11 @@ class HostInputs:
 
     def _set_table(self, row: int, blocks: list[int]) -> None:
         """Writes what is new of a block table, where the row has the rest of this very list."""
-        known = self._tables[row]
+        known, end = self._tables[row], min(len(blocks), self.shape.most_blocks)
         start = known[1] if known is not None and known[0] is blocks else 0
-        if start < len(blocks):
-            self.arrays["tables"][row, start : len(blocks)] = blocks[start:]
-        self._tables[row] = (blocks, len(blocks))
+        if start < end:
+            self.arrays["tables"][row, start:end] = blocks[start:end]
+        self._tables[row] = (blocks, end)
 
 
 def _slot(blocks: list[int], position: int, block_size: int) -> int:
