@@ -25,7 +25,6 @@ from meshlm.kernels.gpu.attention_variants import (
     GEMMA,
     LLAMA_8B,
     LLAMA_8B_SMALL_BLOCKS,
-    LLAMA_70B,
     PHI_3,
     SMOLLM2,
     Model,
@@ -110,14 +109,13 @@ def prefill_attention(
 def default_config(kv_format: KvFormat, head_dim: int, rows: int, capability: tuple[int, int]) -> dict[str, int]:
     """rows: queries times group, at most, of a sequence. SPLITS is missing, see `default_splits`."""
     height = min(128 if head_dim <= 128 else 64, max(16, int(triton.next_power_of_2(rows))))
-    tile, stages = (64, 3) if head_dim <= 128 and height >= 64 else (32, 3)
-    if head_dim > 128 or (kv_format == "int8" and capability < (9, 0)):  # all that the registers have room for
-        tile, stages = 32, 2
+    older = capability < (9, 0)  # products from registers, which have less room then
+    narrow = height < 64 or head_dim > 128 or (older and head_dim > 64)
     return {
         "ROWS": height,
-        "TILE": tile,
+        "TILE": 32 if narrow else 64,
         "num_warps": 8 if height == 128 or head_dim > 128 else 4,
-        "num_stages": stages,
+        "num_stages": 2 if head_dim > 128 or (older and kv_format == "int8") else 3,
     }
 
 
@@ -195,7 +193,7 @@ def variants() -> Iterator[Variant]:
     for kv_format in everything:
         yield from _variants(LLAMA_8B, kv_format)
     yield from _variants(LLAMA_8B_SMALL_BLOCKS, "bfloat16")
-    for model in (LLAMA_70B, SMOLLM2, GEMMA, PHI_3):
+    for model in (SMOLLM2, GEMMA, PHI_3):
         yield from _variants(model, "bfloat16")
     yield from _variants(LLAMA_8B, "bfloat16", tree_nodes=8)
     yield from _variants(LLAMA_8B, "int4", tree_nodes=8)

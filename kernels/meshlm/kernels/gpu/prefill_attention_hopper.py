@@ -46,7 +46,7 @@ def default_config(head_dim: int, block_size: int, rows: int) -> Config:
     SPECIALIZED has Triton give loads and products warps of their own. On Hopper Triton 3.6 to 3.9 leaves it undone with
     8 warps and fails with 4; on Blackwell it compiles, but has not run: a tuned configuration may turn it on.
     """
-    tile = min(block_size, 128 if head_dim <= 64 else 64)
+    tile = min(block_size, 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32)
     tall = rows > LEAST_ROWS and head_dim <= 128
     return {
         "ROWS": 128 if tall else 64,
