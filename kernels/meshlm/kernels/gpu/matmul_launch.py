@@ -20,9 +20,11 @@ Activation = Literal["silu", "gelu_tanh"]
 
 FP8_CAPABILITY = (8, 9)
 MOST_SKINNY = 32  # rows of a tile
-BITS = {"int4": 4, "int8": 8, "fp8": 80, "dense": 16}  # as keys of configurations name the formats
+BITS = {"int4": 4, "int8": 8, "fp8": 8, "dense": 16}
+_FORMATS = tuple(BITS)  # whose places are in the keys of configurations
 _TILES = 1 << 16  # that may be split
-_PROCESSORS_OF_CPU = 4
+_SHARED = 160 << 10  # bytes: more brings no more
+_RESERVED = 4 << 10  # bytes, for what passes between threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,13 @@ def launch(
     """
     weight = Weight.of(matrix)
     height = out.shape[0] if routed is None else routed.block
-    config = choose("quant_matmul", key_of(weight, rows, height, activation), default_config(weight, height), x.device)
+    gpu = gpu_of(x.device)
+    default = default_config(weight, rows, height, gpu)
+    config = choose("quant_matmul", key_of(weight, rows, height, activation), default, x.device)
     block = config["BM"] if routed is None else routed.block
     blocks = triton.cdiv(out.shape[0], block) if routed is None else len(routed.experts)
     tiles = triton.cdiv(rows, config["BN"])
-    splits, steps = split_of(triton.cdiv(weight.cols, config["STEP"]), tiles * blocks, config, x.device)
+    splits, steps = split_of(triton.cdiv(weight.cols, config["STEP"]), tiles * blocks, config, gpu)
     partials = counters = None
     if splits > 1:
         size = tiles * blocks * splits * block * config["BN"]
@@ -109,36 +113,59 @@ def key_of(weight: Weight, rows: int, height: int, activation: Activation | None
     rows of x rounded up to a power of two."""
     rounded = min(triton.next_power_of_2(height), 4096)
     minimum, gated = int(weight.minimums is not None), int(activation is not None)
-    return (BITS[weight.format], weight.group, minimum, rows, weight.cols, gated, rounded)
+    return (_FORMATS.index(weight.format), weight.group, minimum, rows, weight.cols, gated, rounded)
 
 
-def default_config(weight: Weight, height: int) -> Mapping[str, int]:
-    """For `height` rows of x, or, where they are routed, rows of a block."""
-    step = {"dense": 64, "int4": 128, "int8": 128, "fp8": 128}[weight.format]
+def default_config(weight: Weight, rows: int, height: int, gpu: Gpu) -> Mapping[str, int]:
+    """rows: of the weight; height: rows of x, or, where they are routed, of a block.
+
+    A wide tile reads x less often and spends fewer instructions on a weight; a narrow one makes enough programs of a
+    small weight. PROGRAMS: of a processor at once, as far as registers go.
+    """
+    step = 64 if weight.format == "dense" else 128
     if height <= 16:
-        return {"BM": 16, "BN": 128, "STEP": step, "STAGES": 3, "PROGRAMS": 4, "num_warps": 4}
+        wide = rows >= 64 * gpu.processors or weight.minimums is not None
+        return {"BM": 16, "BN": 128 if wide else 64, "STEP": step, "STAGES": 3, "PROGRAMS": 4, "num_warps": 4}
     if height <= MOST_SKINNY:
-        return {"BM": 32, "BN": 64, "STEP": step, "STAGES": 3, "PROGRAMS": 4, "num_warps": 4}
-    step = 64 if weight.group else step
-    if height <= 64:
-        return {"BM": 64, "BN": 128, "STEP": step, "STAGES": 4, "PROGRAMS": 2, "num_warps": 8}
-    return {"BM": 128, "BN": 128, "STEP": step, "STAGES": 4, "PROGRAMS": 1, "num_warps": 8}
+        warps = 4 if weight.minimums is None else 8  # four spill the sums that minimums need
+        return {"BM": 32, "BN": 16 * warps, "STEP": step, "STAGES": 3, "PROGRAMS": 12 // warps, "num_warps": warps}
+    step = 128 if weight.format == "fp8" else 64
+    block = 64 if height <= 64 else 128
+    if height > 256 and weight.group and gpu.major >= 9:
+        block = 256  # what a weight costs to become a float is paid once for more rows
+    bytes_of_x = 1 if weight.format == "fp8" else 2
+    stage = step * (128 * BITS[weight.format] // 8 + block * bytes_of_x)
+    stages = max(2, min(4, gpu.shared // stage))
+    return {"BM": block, "BN": 128, "STEP": step, "STAGES": stages, "PROGRAMS": 128 // block or 1, "num_warps": 8}
 
 
-def split_of(steps: int, tiles: int, config: Config, device: torch.device) -> tuple[int, int]:
+def split_of(steps: int, tiles: int, config: Config, gpu: Gpu) -> tuple[int, int]:
     """Splits of the columns, and steps of each, so that there are PROGRAMS programs for each processor; a split has at
     least as many steps as fill its pipeline."""
     most = max(1, steps // (config["STAGES"] + 1))
-    splits = max(1, min(processors_of(device) * config["PROGRAMS"] // tiles, most, 32)) if tiles <= _TILES else 1
+    splits = max(1, min(gpu.processors * config["PROGRAMS"] // tiles, most, 32)) if tiles <= _TILES else 1
     each = triton.cdiv(steps, splits)
     return triton.cdiv(steps, each), each
 
 
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What default configurations depend on. shared: bytes of shared memory that a block may have, 160 KB at most."""
+
+    processors: int
+    major: int  # of the compute capability
+    shared: int
+
+
+_INTERPRETER = Gpu(processors=4, major=9, shared=_SHARED)
+
+
 @cache
-def processors_of(device: torch.device) -> int:
+def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
-        return _PROCESSORS_OF_CPU
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return _INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.multi_processor_count, found.major, min(_SHARED, found.shared_memory_per_block_optin - _RESERVED))
 
 
 @cache

@@ -182,7 +182,7 @@ def _add_minimums(
     for begin in tl.range(first, last, GROUPS * GROUP, num_stages=1):
         at = begin + i * GROUP
         sums = tl.zeros([BM, GROUPS], tl.float32)
-        for part in tl.static_range(GROUP // HALF):
+        for part in tl.range(0, GROUP // HALF, num_stages=1):  # unrolled it spills
             columns = at[:, None] + part * HALF + j[None, :]
             mask = valid[:, None, None] & (columns < last)[None, :, :]
             x_tile = tl.load(x_rows[:, :, None] + columns[None, :, :], mask=mask, other=0.0)
