@@ -173,7 +173,7 @@ def test_what_it_cannot_work_with_is_named(device: torch.device) -> None:
             lambda: table([[low_rank(8, 9), None]]),
         ],
         "cols": [lambda: table(cols=12)],
-        "widths": [lambda: table(widths=(8, 0))],
+        "widths": [lambda: table(widths=(8, 0)), lambda: table(widths=(8, 12)), lambda: table([[]], widths=())],
         "dtype": [lambda: table(dtype=torch.float64)],
         "most_rank": [lambda: table(most_rank=8), lambda: table(most_rank=256)],
         "rows": [lambda: rows_by_adapter(torch.zeros(3, dtype=torch.int64, device=device), good)],

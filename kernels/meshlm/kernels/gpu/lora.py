@@ -40,7 +40,7 @@ class AdapterTable:
     ranks: (adapters, projections) int32, multiples of 8; 0 where an adapter leaves a projection as it is.
     scales: (adapters, projections) float32.
     columns: (projections + 1,) int32, where the outputs of the projections begin, and where the last ends.
-    cols: of the input. widths: of the projections. most_rank: a bound of all ranks.
+    cols: of the input. widths: of the projections, multiples of 8. most_rank: a bound of all ranks.
     """
 
     down: torch.Tensor
@@ -70,13 +70,14 @@ def build_adapter_table(
 ) -> AdapterTable:
     """The adapters' matrices copied into a table of `dtype` on `device`.
 
-    adapters: at least one; of each, what it adds to each projection, or None. cols, a multiple of 8: of the input;
-    widths: of the projections. most_rank: None is the largest there is; more is for graphs that outlive this table.
-    Raises ArgumentError.
+    adapters: at least one; of each, what it adds to each projection, or None. cols: of the input; widths: of the
+    projections; all multiples of 8. most_rank: None is the largest there is; more is for graphs that outlive this
+    table. Raises ArgumentError.
     """
     require(len(adapters) > 0, "adapters", "has none")
     require(cols > 0 and cols % 8 == 0, "cols", f"is {cols}, must be a multiple of 8")
-    require(len(widths) > 0 and min(widths) > 0, "widths", f"is {tuple(widths)}, must be above 0")
+    known = len(widths) > 0 and all(width > 0 and width % 8 == 0 for width in widths)
+    require(known, "widths", f"is {tuple(widths)}, must be multiples of 8")
     require(dtype in FLOATS, "dtype", f"is {dtype}, must be float32, float16 or bfloat16")
     shape = (len(adapters), len(widths))
     ranks, scales = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
@@ -235,8 +236,8 @@ def _expand(
         return
     entry = adapter * projections + projection
     rank = tl.multiple_of(tl.load(ranks + entry), 8)
-    first = tl.load(columns + projection)
-    width = tl.load(columns + projection + 1) - first
+    first = tl.multiple_of(tl.load(columns + projection), 8)
+    width = tl.multiple_of(tl.load(columns + projection + 1) - first, 8)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if rank == 0 or tl.program_id(1) * COLUMNS >= width:
         return
@@ -260,13 +261,13 @@ def _expand(
 
 
 def variants() -> Iterator[Variant]:
-    """Queries, keys and values of Llama 3 8B, and its down projection: of a few rows, and of prefill."""
+    """Queries, keys and values of Llama 3 8B, of a few rows and of prefill, and its down projection."""
     types = dict.fromkeys(("x", "down", "up", "out"), "*bf16:16")
     types |= dict.fromkeys(("order", "owners", "ranks", "columns"), "*i32:16")
     types |= dict.fromkeys(("down_starts", "up_starts"), "*i64:16") | dict.fromkeys(("shrunk", "scales"), "*fp32:16")
     types |= dict.fromkeys(("x_stride", "out_stride", "cols"), "i32:16") | dict.fromkeys(("rows", "steps"), "i32")
     for name, cols, projections in (("qkv", 4096, 3), ("down", 14336, 1)):
-        for block in (16, 64, 128):
+        for block in (16, 64, 128) if name == "qkv" else (16,):
             filled = projections * 4 * (1 if block == 16 else 16)
             config = dict(shrink_config(filled, cols, block))
             splits, step = config.pop("splits"), config.pop("STEP")

@@ -141,7 +141,7 @@ def _quantize_groups(
     elif minimums is not None:
         w = tl.reshape(inside.to(tl.float32), [ROWS * COLS // GROUP, GROUP])
     group = tl.program_id(1) * (COLS // GROUP) + tl.arange(0, COLS // GROUP)
-    place = group[None, :] * rows.to(tl.int64) + row[:, None]
+    place = group.to(tl.int64)[None, :] * rows + row[:, None]
     exists = real[:, None] & (group < groups)[None, :]
     half: tl.constexpr = 1 << (BITS - 1)
     if minimums is not None:
@@ -209,8 +209,6 @@ def variants() -> Iterator[Variant]:
     floats = {"weight": "*bf16:16", "salience": "*fp32:16", "failed": "*i32:16", "largest": "*fp32:16"} | numbers
     for name, bits, group, minimum, salience in (
         ("int4 32", 4, 32, False, True),
-        ("int4 32 with minimum", 4, 32, True, True),
-        ("int4 128", 4, 128, False, False),
         ("int4 128 with minimum", 4, 128, True, False),
         ("int8 32", 8, 32, False, False),
     ):
