@@ -33,7 +33,7 @@ from meshlm.kernels.sample import COLDEST, OUTPUT, SEEN_IN_PROMPT, SampleRows
 PIECE = 128  # tokens
 TILE = 16  # pieces that a program of the first launch reads
 MOST_VOCAB = 1 << 19
-MOST_BIAS = 1024  # ids of a row
+MOST_BIAS = 2048  # ids of a row: a request may have 1,024, and its stop tokens
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 _COLDEST = tl.constexpr(COLDEST)
