@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 def gpu_runner(settings: RunnerSettings, checkpoint: Checkpoint, progress: LoadProgress) -> GpuRunner:
     """Raises ModelFileError and SettingsError."""
-    device, dtype = torch.device(settings.device), FLOATS[settings.dtype_name]
+    device, dtype = _device(settings), FLOATS[settings.dtype_name]
     _check(settings, device)
     matrices = MatricesOnGpu.planned(checkpoint, settings.model, settings.quantization, device, dtype)
     weights = GpuWeights(checkpoint, device, matrices.matrix)
@@ -51,6 +51,15 @@ def gpu_runner(settings: RunnerSettings, checkpoint: Checkpoint, progress: LoadP
     steps = GpuSteps(model, known, kv_format, settings.max_running)
     steps.capture(lambda done, total: progress("capture", done, total))
     return GpuRunner(steps, known)
+
+
+def _device(settings: RunnerSettings) -> torch.device:
+    """With its number, and made the current one: launches, events and graphs are of the current device."""
+    device = torch.device(settings.device)
+    if device.type != "cuda":
+        return device
+    torch.cuda.set_device(device)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _check(settings: RunnerSettings, device: torch.device) -> None:
