@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,19 @@ def test_rows_of_a_quantized_table(device: torch.device, width: int, packing: di
     matrix = pack(torch.randn(97, width, device=device), **packing)
     out = embedding(tokens(device), matrix, scale=0.5, dtype=torch.float32)
     assert relative_error(out, reference_embedding(tokens(device), unpack(matrix), 0.5)) < 1e-6
+
+
+def test_a_part_of_a_quantized_table_is_read_by_its_strides(device: torch.device) -> None:
+    whole = pack(torch.randn(97, 96, device=device), "int4", minimum=True)
+    assert whole.minimums is not None
+    part = replace(whole, codes=whole.codes[32:64], scales=whole.scales[:, 32:64], minimums=whole.minimums[:, 32:64])
+    chosen = torch.tensor([31, 0], dtype=torch.int32, device=device)
+    out = embedding(chosen, part, dtype=torch.float32)
+    torch.testing.assert_close(out, unpack(whole)[[63, 32]])
+    with pytest.raises(ArgumentError, match="matrix: has scales"):
+        embedding(chosen, replace(part, minimums=whole.minimums[:, 32:64].contiguous()))
+    with pytest.raises(ArgumentError, match="matrix: has a stride"):
+        embedding(chosen, replace(part, scales=whole.scales[:, ::2]))
 
 
 def test_bad_arguments_are_named(device: torch.device) -> None:

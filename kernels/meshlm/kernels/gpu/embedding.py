@@ -37,28 +37,32 @@ def embedding(
     quantized = matrix if isinstance(matrix, QuantizedMatrix) else None
     if isinstance(matrix, torch.Tensor):
         require_tensor("matrix", matrix, shape=(None, None), dtypes=FLOATS, device=tokens.device)
-        codes, (vocab, width) = matrix, matrix.shape
+        codes, scales, minimums, (vocab, width) = matrix, None, None, matrix.shape
     else:
         require(matrix.device == tokens.device, "matrix", f"is on {matrix.device}, must be on {tokens.device}")
-        codes, vocab, width = matrix.codes, matrix.rows, matrix.cols
+        codes, scales, minimums, vocab, width = matrix.codes, matrix.scales, matrix.minimums, matrix.rows, matrix.cols
+        for part in (codes, scales, minimums):
+            require(part is None or part.stride(-1) == 1, "matrix", "has a stride other than 1 in its last dimension")
+        alike = minimums is None or minimums.stride() == scales.stride()
+        require(alike, "matrix", "has scales and minimums of different strides")
     if out is None:
         out = torch.empty(len(tokens), width, dtype=dtype, device=tokens.device)
     else:
         require_tensor("out", out, shape=(len(tokens), width), dtypes=(dtype,), device=tokens.device)
     if len(tokens):
         _embed[(len(tokens), triton.cdiv(width, BLOCK))](
-            tokens, codes, codes.stride(0), quantized and quantized.scales, quantized and quantized.minimums,
+            tokens, codes, codes.stride(0), scales, minimums, 0 if scales is None else scales.stride(0),
             out, out.stride(0), vocab, width, scale,
             FORMAT=0 if quantized is None else _FORMATS[quantized.format],
             GROUP=0 if quantized is None else quantized.group,
-            MINIMUM=quantized is not None and quantized.minimums is not None, BLOCK=BLOCK, num_warps=4,
+            MINIMUM=minimums is not None, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return out
 
 
 @triton.jit
 def _embed(
-    tokens, codes, stride, scales, minimums, out, out_stride, vocab, width, scale,
+    tokens, codes, stride, scales, minimums, scales_stride, out, out_stride, vocab, width, scale,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -76,7 +80,7 @@ def _embed(
     if FORMAT == FP8:
         values *= tl.load(scales + everywhere, mask=held, other=0.0)
     elif FORMAT != DENSE:
-        group = (at // GROUP).to(tl.int64) * vocab + token
+        group = (at // GROUP).to(tl.int64) * scales_stride + token
         values *= tl.load(scales + group, mask=held, other=0.0).to(tl.float32)
         if MINIMUM:
             values += tl.load(minimums + group, mask=held, other=0.0).to(tl.float32)
@@ -88,7 +92,7 @@ def variants() -> Iterator[Variant]:
     """Tables in bfloat16, and as GGUF files have them, in 8 and 4 bits."""
     types = {
         "tokens": "*i32:16", "stride": "i32:16", "out": "*bf16:16", "out_stride": "i32:16", "vocab": "i32:16",
-        "width": "i32:16", "scale": "fp32", "scales": "*fp16:16", "minimums": "*fp16:16",
+        "scales_stride": "i32:16", "width": "i32:16", "scale": "fp32", "scales": "*fp16:16", "minimums": "*fp16:16",
     }  # fmt: skip
     for name, codes, number, absent in (
         ("bf16", "*bf16:16", 0, ("scales", "minimums")),

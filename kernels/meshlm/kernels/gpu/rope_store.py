@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from meshlm.kernels.gpu.checks import require, require_capability, require_runs_on, require_tensor
+from meshlm.kernels.gpu.attention_checks import check_layer
+from meshlm.kernels.gpu.checks import require, require_runs_on, require_tensor
 from meshlm.kernels.gpu.fp8 import to_fp8
 from meshlm.kernels.gpu.kv_cache import KvFormat, KvLayer
 from meshlm.kernels.gpu.variants import ARCHITECTURES, Variant
@@ -55,8 +56,8 @@ def rope_store(
     A number is stored as the nearest of its format; int8 and int4 codes by a scale of the token's head, where what is
     no number becomes some number. Raises ArgumentError.
     """
-    device, kv_heads, head_dim = qkv.device, layer.kv_heads, layer.head_dim
     _check(qkv, positions, slots, turns, layer, heads)
+    device, kv_heads, head_dim = qkv.device, layer.kv_heads, layer.head_dim
     for name, weight in (("query_norm", query_norm), ("key_norm", key_norm)):
         if weight is not None:
             require_tensor(name, weight, shape=(head_dim,), dtypes=(torch.float32,), device=device)
@@ -76,8 +77,10 @@ def rope_store(
 def _check(
     qkv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, turns: torch.Tensor, layer: KvLayer, heads: int
 ) -> None:
-    device, kv_heads, head_dim = qkv.device, layer.kv_heads, layer.head_dim
+    device = qkv.device
     require_runs_on(device, "qkv")
+    check_layer(layer, device)
+    kv_heads, head_dim = layer.kv_heads, layer.head_dim
     require(heads > 0, "heads", f"is {heads}, must be above 0")
     floats = (torch.float32, torch.float16, torch.bfloat16)
     require_tensor("qkv", qkv, shape=(None, heads + 2 * kv_heads, head_dim), dtypes=floats, device=device)
@@ -86,11 +89,6 @@ def _check(
     require_tensor("turns", turns, shape=(None, 2, None), dtypes=(torch.float32,), device=device)
     require(turns.is_contiguous(), "turns", "must be contiguous")
     require(0 < 2 * turns.shape[2] <= head_dim, "turns", f"rotates {2 * turns.shape[2]} elements of {head_dim}")
-    require(head_dim % 2 == 0 and head_dim <= 512, "layer", f"has heads of {head_dim}, must be even and up to 512")
-    require(layer.keys.device == device, "layer", f"is on {layer.keys.device}, must be on {device}")
-    require(layer.keys.is_contiguous() and layer.values.is_contiguous(), "layer", "must be contiguous")
-    if layer.format == "fp8":
-        require_capability(device, (8, 9), "layer")
 
 
 @triton.jit
