@@ -80,7 +80,7 @@ class WorkerConfig:
     kv_memory: int | None = None
     # Blocks of KV cache; where set, it wins over `kv_memory`.
     kv_blocks: int | None = None
-    # Tokens of a block, a power of two; unset: 16, on a GPU 64, whose fastest prefill wants a tile of keys in one block.
+    # Tokens of a block, a power of two; unset: 16, on a GPU 64: its fastest prefill wants a tile of keys in one block.
     block_size: int | None = None
     # How much is done at once.
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
