@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from meshlm.kernels.gpu.checks import ArgumentError
 from meshlm.kernels.gpu.matrix import QuantizedMatrix, pack, unpack
 from meshlm.kernels.gpu.quantize import dequantize, quantize
+from meshlm.kernels.gpu.quantize_rows import quantize_rows
 from meshlm.kernels.low_bits import reference_fp8, reference_int8
 from meshlm.kernels.quantize import quantize_groups
 from tests.kernels.gpu.attention_cases import relative_error
@@ -81,6 +82,26 @@ def test_a_scale_a_row_is_the_definition(device: torch.device, rows: int, cols: 
     assert relative_error(ours.codes[:, :cols], codes) < 2e-3  # a tie or two
     assert ours.codes.dtype == (torch.int8 if int8 else torch.float8_e4m3fn)
     assert ours.codes.shape[1] == -(-cols // 64) * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_activations_are_quantized_by_rows_and_what_is_no_number_stays_none(
+    device: torch.device, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 4200, device=device)[:, :4100]  # more than a block; rows lie apart
+    x[1], x[2], x[3, 4099], x[4, 7] = 0, x[2] * 1e-38, torch.nan, -torch.inf
+    codes, scales = quantize_rows(x, dtype)
+    values = codes.double() * scales.double()[:, None]
+    assert not values[3, 4099].isfinite()
+    assert not values[4].isfinite().any()
+    most = {torch.int8: 0.5 / 127, torch.float8_e4m3fn: 2.0**-4}[dtype]
+    for row in (0, 5):
+        size = x[row].abs() if dtype != torch.int8 else x[row].abs().max().expand(4100)
+        assert bool(((values[row] - x[row]).abs() <= size * most * 1.001 + 1e-4).all())
+    assert values[1:3].abs().max() < 1e-30
+    with pytest.raises(ArgumentError, match="dtype"):
+        quantize_rows(x, torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
