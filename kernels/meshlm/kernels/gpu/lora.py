@@ -271,10 +271,10 @@ def variants() -> Iterator[Variant]:
             filled = projections * 4 * (1 if block == 16 else 16)
             config = dict(shrink_config(filled, cols, block))
             splits, step = config.pop("splits"), config.pop("STEP")
-            constants = {"TILES": 4, "MOST_RANK": 64, "BLOCK": block}
+            constants = {"MOST_RANK": 64, "BLOCK": block}
             given = types | ({"projections": "i32"} if projections > 1 else {})
             single = {} if projections > 1 else {"projections": 1}
-            shrink = constants | {"STEP": step, "EVEN": True} | single
+            shrink = constants | {"TILES": 4, "STEP": step, "EVEN": True} | single
             yield Variant(f"lora_shrink {name} {block} rows", _shrink, given, shrink, config)
             if name == "qkv":
                 config = dict(expand_config(block))
