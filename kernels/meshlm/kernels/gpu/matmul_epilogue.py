@@ -16,7 +16,7 @@ def gather_splits(acc, partials, counters, tile, split, splits, valid, BM: tl.co
     """
     inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     part = partials + tile.to(tl.int64) * splits * (BM * BN) + inside
-    mask = valid[:, None] & (tl.arange(0, BN) < BN)[None, :]
+    mask = valid[:, None]
     tl.store(part + split * (BM * BN), acc, mask=mask)
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")

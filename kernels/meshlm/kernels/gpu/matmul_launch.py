@@ -11,7 +11,7 @@ import torch
 import triton
 
 from meshlm.kernels.gpu.checks import require
-from meshlm.kernels.gpu.configs import Config, choose
+from meshlm.kernels.gpu.configs import choose
 from meshlm.kernels.gpu.matrix import Matrix, QuantizedMatrix
 from meshlm.kernels.gpu.quant_matmul_skinny import skinny_kernel
 from meshlm.kernels.gpu.quant_matmul_tall import tall_kernel
@@ -19,10 +19,10 @@ from meshlm.kernels.gpu.quant_matmul_tall import tall_kernel
 Activation = Literal["silu", "gelu_tanh"]
 
 FP8_CAPABILITY = (8, 9)
-MOST_SKINNY = 32  # rows of a tile
 BITS = {"int4": 4, "int8": 8, "fp8": 8, "dense": 16}
 _FORMATS = tuple(BITS)  # whose places are in the keys of configurations
 _TILES = 1 << 16  # that may be split
+_MOST_SPLITS = 32
 _SHARED = 160 << 10  # bytes: more brings no more
 _RESERVED = 4 << 10  # bytes, for what passes between threads
 
@@ -62,6 +62,15 @@ class Weight:
         return Weight(matrix.format, matrix.codes, matrix.scales, matrix.minimums, group, matrix.cols)
 
 
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What default configurations depend on. shared: bytes of shared memory that a block may have, 160 KB at most."""
+
+    processors: int
+    major: int  # of the compute capability
+    shared: int
+
+
 def launch(
     x: torch.Tensor,
     matrix: Matrix,
@@ -81,12 +90,14 @@ def launch(
     weight = Weight.of(matrix)
     height = out.shape[0] if routed is None else routed.block
     gpu = gpu_of(x.device)
-    default = default_config(weight, rows, height, gpu)
+    default = default_config(weight, height, gpu)
     config = choose("quant_matmul", key_of(weight, rows, height, activation), default, x.device)
     block = config["BM"] if routed is None else routed.block
     blocks = triton.cdiv(out.shape[0], block) if routed is None else len(routed.experts)
     tiles = triton.cdiv(rows, config["BN"])
-    splits, steps = split_of(triton.cdiv(weight.cols, config["STEP"]), tiles * blocks, config, gpu)
+    every = triton.cdiv(weight.cols, config["STEP"])
+    pipeline = config["STAGES"] + 1
+    splits, steps = split_of(every, tiles * blocks, pipeline, config["PROGRAMS"], config["SPLIT"], gpu)
     partials = counters = None
     if splits > 1:
         size = tiles * blocks * splits * block * config["BN"]
@@ -102,7 +113,7 @@ def launch(
     constants: dict[str, Any] = {name: config[name] for name in ("BN", "STEP", "STAGES")}
     constants |= {"BM": block, "EVEN": weight.cols % config["STEP"] == 0}
     constants |= {"FORMAT": weight.format, "GROUP": weight.group, "ACTIVATION": activation}
-    if block <= MOST_SKINNY:
+    if is_skinny(weight, block):
         skinny_kernel[(tiles, splits, blocks)](*arguments, **constants, num_warps=config["num_warps"])
     else:
         tall_kernel[(tiles * blocks, splits)](*arguments, blocks, **constants, num_warps=config["num_warps"])
@@ -116,45 +127,46 @@ def key_of(weight: Weight, rows: int, height: int, activation: Activation | None
     return (_FORMATS.index(weight.format), weight.group, minimum, rows, weight.cols, gated, rounded)
 
 
-def default_config(weight: Weight, rows: int, height: int, gpu: Gpu) -> Mapping[str, int]:
-    """rows: of the weight; height: rows of x, or, where they are routed, of a block.
+def is_skinny(weight: Weight, height: int) -> bool:
+    """Whether the kernel for few rows does it: with 32 rows the sums that minimums need would spill."""
+    return height <= (32 if weight.minimums is None else 16)
 
-    A wide tile reads x less often and spends fewer instructions on a weight; a narrow one makes enough programs of a
-    small weight. PROGRAMS: of a processor at once, as far as registers go.
+
+def default_config(weight: Weight, height: int, gpu: Gpu) -> Mapping[str, int]:
+    """For `height` rows of x, or, where they are routed, of a block.
+
+    STEP: columns of an iteration, in the kernel for few rows 128 where groups have scales. PROGRAMS: so many at
+    once keep a processor busy. SPLIT: what a program of a split costs beside its steps, in steps.
     """
-    step = 64 if weight.format == "dense" else 128
-    if height <= 16:
-        wide = rows >= 64 * gpu.processors or weight.minimums is not None
-        return {"BM": 16, "BN": 128 if wide else 64, "STEP": step, "STAGES": 3, "PROGRAMS": 4, "num_warps": 4}
-    if height <= MOST_SKINNY:
-        warps = 4 if weight.minimums is None else 8  # four spill the sums that minimums need
-        return {"BM": 32, "BN": 16 * warps, "STEP": step, "STAGES": 3, "PROGRAMS": 12 // warps, "num_warps": warps}
+    if is_skinny(weight, height):
+        step = 64 if weight.format == "dense" else 128
+        block, wide = 16 if height <= 16 else 32, height <= 16 and (weight.format != "int8" or not weight.group)
+        shape = {"BM": block, "BN": 128 if wide else 64, "STEP": step, "STAGES": 3}
+        return {**shape, "PROGRAMS": 3, "SPLIT": 1, "num_warps": 4}
     step = 128 if weight.format == "fp8" else 64
     block = 64 if height <= 64 else 128
     if height > 256 and weight.group and gpu.major >= 9:
         block = 256  # what a weight costs to become a float is paid once for more rows
-    bytes_of_x = 1 if weight.format == "fp8" else 2
-    stage = step * (128 * BITS[weight.format] // 8 + block * bytes_of_x)
+    stage = step * (128 * BITS[weight.format] // 8 + block * (1 if weight.format == "fp8" else 2))
     stages = max(2, min(4, gpu.shared // stage))
-    return {"BM": block, "BN": 128, "STEP": step, "STAGES": stages, "PROGRAMS": 128 // block or 1, "num_warps": 8}
+    return {"BM": block, "BN": 128, "STEP": step, "STAGES": stages, "PROGRAMS": 1, "SPLIT": 8, "num_warps": 8}
 
 
-def split_of(steps: int, tiles: int, config: Config, gpu: Gpu) -> tuple[int, int]:
-    """Splits of the columns, and steps of each, so that there are PROGRAMS programs for each processor; a split has at
-    least as many steps as fill its pipeline."""
-    most = max(1, steps // (config["STAGES"] + 1))
-    splits = max(1, min(gpu.processors * config["PROGRAMS"] // tiles, most, 32)) if tiles <= _TILES else 1
-    each = triton.cdiv(steps, splits)
-    return triton.cdiv(steps, each), each
+@cache
+def split_of(steps: int, tiles: int, pipeline: int, programs: int, cost: int, gpu: Gpu) -> tuple[int, int]:
+    """Into how many parts columns are split, and the steps of each: so that the processor with most to do has least.
 
+    pipeline: steps that fill a program's pipeline, the least of a part; programs, cost: PROGRAMS and SPLIT of a
+    configuration.
+    """
+    most = min(steps // pipeline, _MOST_SPLITS) if tiles <= _TILES else 1
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """What default configurations depend on. shared: bytes of shared memory that a block may have, 160 KB at most."""
+    def load(splits: int) -> int:
+        resident = max(-(-tiles * splits // gpu.processors), programs)
+        return resident * (-(-steps // splits) + (cost if splits > 1 else 0))
 
-    processors: int
-    major: int  # of the compute capability
-    shared: int
+    each = -(-steps // min(range(1, max(most, 1) + 1), key=load))
+    return -(-steps // each), each
 
 
 _INTERPRETER = Gpu(processors=4, major=9, shared=_SHARED)
@@ -164,8 +176,10 @@ _INTERPRETER = Gpu(processors=4, major=9, shared=_SHARED)
 def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return _INTERPRETER
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     found = torch.cuda.get_device_properties(device)
-    return Gpu(found.multi_processor_count, found.major, min(_SHARED, found.shared_memory_per_block_optin - _RESERVED))
+    return Gpu(found.multi_processor_count, found.major, min(_SHARED, shared - _RESERVED))
 
 
 @cache

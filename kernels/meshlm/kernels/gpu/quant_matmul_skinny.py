@@ -68,6 +68,7 @@ def skinny_kernel(
     w_rows = codes + (expert * N + n.to(tl.int64))[None, :] * codes_stride
     scale_rows = scales if scales is None else scales + expert * N + n
     minimum_rows = minimums if minimums is None else minimums + expert * N + n
+    SYMMETRIC: tl.constexpr = minimums is None
     acc = tl.zeros([BM, BN], tl.float32)
     first = split * steps
     last = tl.minimum(first + steps, tl.cdiv(cols, STEP))
@@ -84,11 +85,27 @@ def skinny_kernel(
         if scales is not None:
             acc *= tl.load(scale_rows, mask=exists, other=0.0).to(tl.float32)[None, :]
     else:
+        tl.static_assert(STEP == 4 * HALF)
+        s0, s1, s2, s3 = _scales(scale_rows, first, last, exists, cols, scales_stride, GROUP, BN)
         for step in tl.range(first, last, num_stages=STAGES):
-            acc = _grouped_step(
-                acc, step, x_rows, w_rows, scale_rows, minimum_rows, valid, exists, cols, scales_stride,
-                FORMAT, GROUP, EVEN, BM, BN, STEP,
-            )  # fmt: skip
+            # Read a step ahead: not all tiles have scales enough to be copied asynchronously.
+            n0, n1, n2, n3 = _scales(scale_rows, step + 1, last, exists, cols, scales_stride, GROUP, BN)
+            x0, x1, w0, w1 = _span(x_rows, w_rows, step * 2, valid, exists, cols, FORMAT, SYMMETRIC, EVEN, BN)
+            x2, x3, w2, w3 = _span(x_rows, w_rows, step * 2 + 1, valid, exists, cols, FORMAT, SYMMETRIC, EVEN, BN)
+            part = dot(x0, w0, tl.zeros([BM, BN], tl.float32))
+            if GROUP == HALF:
+                acc += part * s0[None, :]
+                part = tl.zeros([BM, BN], tl.float32)
+            part = dot(x1, w1, part)
+            if GROUP <= SPAN:
+                acc += part * s1[None, :]
+                part = tl.zeros([BM, BN], tl.float32)
+            part = dot(x2, w2, part)
+            if GROUP == HALF:
+                acc += part * s2[None, :]
+                part = tl.zeros([BM, BN], tl.float32)
+            acc += dot(x3, w3, part) * s3[None, :]
+            s0, s1, s2, s3 = n0, n1, n2, n3
         if minimum_rows is not None:
             begin, end = first * STEP, tl.minimum(last * STEP, cols)
             acc = _add_minimums(acc, begin, end, x_rows, minimum_rows, valid, exists, scales_stride, GROUP, BM, BN)
@@ -106,59 +123,53 @@ def skinny_kernel(
 
 
 @triton.jit
-def _grouped_step(
-    acc,
-    step,
+def _scales(rows, step, last, exists, cols, stride, GROUP: tl.constexpr, BN: tl.constexpr):
+    """Those of the four halves of spans of a step, (BN,) float32 each; 0 beyond the last step, or the last column."""
+    at = step * 4 * HALF
+    mask = exists & (tl.full([BN], step, tl.int32) < last)
+    s0 = tl.load(rows + at // GROUP * stride, mask=mask, other=0.0).to(tl.float32)
+    s1, s2, s3 = s0, s0, s0
+    if GROUP == HALF:
+        s1 = tl.load(rows + (at // GROUP + 1) * stride, mask=mask, other=0.0).to(tl.float32)
+    if GROUP <= SPAN:  # a last step may be cut short
+        mask = mask & (tl.full([BN], at + SPAN, tl.int32) < cols)
+        s2 = tl.load(rows + (at + SPAN) // GROUP * stride, mask=mask, other=0.0).to(tl.float32)
+        s3 = s2
+    if GROUP == HALF:
+        s3 = tl.load(rows + (at // GROUP + 3) * stride, mask=mask, other=0.0).to(tl.float32)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def _span(
     x_rows,
     w_rows,
-    scale_rows,
-    minimum_rows,
+    span,
     valid,
     exists,
     cols,
-    scales_stride,
     FORMAT: tl.constexpr,
-    GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     EVEN: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
-    STEP: tl.constexpr,
 ):
-    """STEP columns, a multiple of spans and of GROUP: the sums of each group, scaled, and added to acc."""
+    """Both halves of a span of columns of x, (BM, 32) each, and of the codes as floats, (32, BN) each."""
+    at = span * SPAN
     j = tl.arange(0, HALF)
-    zeros = tl.zeros([BM, BN], tl.float32)
-    part = zeros
-    for span in tl.static_range(STEP // SPAN):
-        at = step * STEP + span * SPAN
-        x_mask, w_mask, grouped = valid[:, None], exists[None, :], exists
-        if not EVEN:
-            grouped = exists & (tl.full([BN], at // GROUP * GROUP, tl.int32) < cols)  # a last group may be cut short
-            w_mask = (exists & (tl.full([BN], at, tl.int32) < cols))[None, :]
-        low_mask = x_mask if EVEN else x_mask & (at + j < cols)[None, :]
-        high_mask = x_mask if EVEN else x_mask & (at + HALF + j < cols)[None, :]
-        x_low = tl.load(x_rows + (at + j)[None, :], mask=low_mask, other=0.0)
-        x_high = tl.load(x_rows + (at + HALF + j)[None, :], mask=high_mask, other=0.0)
-        if FORMAT == "int4":
-            packed = tl.load(w_rows + (at // 2 + j)[:, None], mask=w_mask, other=0)
-            low, high = unpack_int4(packed, minimum_rows is None, x_low.dtype)
-        else:
-            low = tl.load(w_rows + (at + j)[:, None], mask=w_mask, other=0).to(x_low.dtype)
-            high = tl.load(w_rows + (at + HALF + j)[:, None], mask=w_mask, other=0).to(x_low.dtype)
-        part = dot(x_low, low, part)
-        group = at // GROUP * scales_stride
-        if GROUP == HALF:
-            acc += part * tl.load(scale_rows + group, mask=grouped, other=0.0).to(tl.float32)[None, :]
-            part = dot(x_high, high, zeros)
-            high_group = group + scales_stride
-            acc += part * tl.load(scale_rows + high_group, mask=grouped, other=0.0).to(tl.float32)[None, :]
-            part = zeros
-        else:
-            high_group = group
-            part = dot(x_high, high, part)
-            if (span + 1) * SPAN % GROUP == 0:
-                acc += part * tl.load(scale_rows + group, mask=grouped, other=0.0).to(tl.float32)[None, :]
-                part = zeros
-    return acc
+    low_mask, high_mask, w_mask = valid[:, None], valid[:, None], exists[None, :]
+    if not EVEN:
+        low_mask = low_mask & (at + j < cols)[None, :]
+        high_mask = high_mask & (at + HALF + j < cols)[None, :]
+        w_mask = (exists & (tl.full([BN], at, tl.int32) < cols))[None, :]
+    x_low = tl.load(x_rows + (at + j)[None, :], mask=low_mask, other=0.0)
+    x_high = tl.load(x_rows + (at + HALF + j)[None, :], mask=high_mask, other=0.0)
+    if FORMAT == "int4":
+        packed = tl.load(w_rows + (at // 2 + j)[:, None], mask=w_mask, other=0)
+        low, high = unpack_int4(packed, SYMMETRIC, x_low.dtype)
+    else:
+        low = tl.load(w_rows + (at + j)[:, None], mask=w_mask, other=0).to(x_low.dtype)
+        high = tl.load(w_rows + (at + HALF + j)[:, None], mask=w_mask, other=0).to(x_low.dtype)
+    return x_low, x_high, low, high
 
 
 @triton.jit
