@@ -20,8 +20,8 @@ from tests.worker.models.test_architectures import FOLDERS_ONLY, MODELS, TOKENS,
 pytest.importorskip("triton")
 pytestmark = pytest.mark.oracle
 
-SHORT = TOKENS[:50]
-CUTS = (0, 33, 49, 50)  # the last position is computed alone, as a decode, and so is one of the chunks' ends
+SHORT = TOKENS[:70]  # beyond the original context of longrope
+CUTS = (0, 33, 69, 70)  # the last position is computed alone, as a decode, and so is one of the chunks' ends
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

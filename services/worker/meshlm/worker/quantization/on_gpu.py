@@ -10,11 +10,12 @@ import torch
 
 from meshlm.kernels.gpu.checks import ArgumentError
 from meshlm.kernels.gpu.matrix import Matrix, pack
-from meshlm.kernels.quantize import GROUP, GroupQuantized
+from meshlm.kernels.gpu.quantize import quantize
+from meshlm.kernels.quantize import GROUP
 from meshlm.worker.loading.checkpoint import Checkpoint
 from meshlm.worker.loading.errors import ModelFileError
 from meshlm.worker.quantization.cache import plan_for
-from meshlm.worker.quantization.plan import AUTO, NONE, Format, Plan, kind_of, own_blocks, quantized_matrix
+from meshlm.worker.quantization.plan import AUTO, NONE, Format, Plan, kind_of, own_blocks
 
 # Float weights that were not measured stay floats here: memory that quantizing saves is not what a GPU lacks first.
 _AUTO = Plan("auto", Format.DENSE)
@@ -49,25 +50,27 @@ class MatricesOnGpu:
 
     def matrix(self, name: str, rows: int, cols: int) -> Matrix:
         """Raises ModelFileError: missing, of another shape, or not to be quantized (values that are not finite)."""
-        wanted = self.plan.format_of(name)
-        searched = self.plan.importance.get(name) is not None  # by the columns' weights, which the host does
-        if own_blocks(self.checkpoint, name, rows, cols, self.plan) is not None or (searched and cols % GROUP == 0):
-            weight = quantized_matrix(self.checkpoint, name, rows, cols, self.plan)
-            if isinstance(weight, GroupQuantized):
-                return pack(weight, device=self.device)
-        weight = self.checkpoint.tensor(name, rows, cols)
+        blocks = own_blocks(self.checkpoint, name, rows, cols, self.plan)
+        if blocks is not None:
+            return pack(blocks, device=self.device)
+        weight, wanted = self.checkpoint.tensor(name, rows, cols), self.plan.format_of(name)
         if self.fp8 and kind_of(name) not in ("embedding", "head"):
-            return self._packed(name, weight, "fp8", minimum=False)
+            return self._quantized(name, weight, "fp8")
         if wanted is Format.DENSE or self.fp8:
             return weight.to(self.device, self.dtype, copy=True)
-        if wanted is Format.INT8:
-            return self._packed(name, weight, "int8", minimum=False)
-        return self._packed(name, weight, "int4", minimum=wanted is Format.INT4)
+        return self._quantized(name, weight, "int8" if wanted is Format.INT8 else "int4", wanted is Format.INT4)
 
-    def _packed(
-        self, name: str, weight: torch.Tensor, wanted: Literal["int4", "int8", "fp8"], *, minimum: bool
+    def _quantized(
+        self, name: str, weight: torch.Tensor, wanted: Literal["int4", "int8", "fp8"], minimum: bool = False
     ) -> Matrix:
+        importance = self.plan.importance.get(name)
         try:
-            return pack(weight.to(self.device), wanted, group=None if wanted == "fp8" else GROUP, minimum=minimum)
+            return quantize(
+                weight.to(self.device),
+                wanted,
+                group=None if wanted == "fp8" else GROUP,
+                minimum=minimum,
+                importance=None if importance is None else importance.to(self.device, torch.float32),
+            )
         except ArgumentError as error:
             raise ModelFileError(self.checkpoint.path, f"{name} cannot be quantized: {error}") from None
