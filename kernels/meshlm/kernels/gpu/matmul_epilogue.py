@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers that change with the batch: a kernel that was compiled for one serves all.
+NOT_SPECIALIZED = ["rows", "active", "splits", "steps"]
+
 
 @triton.jit
 def gather_splits(acc, partials, counters, tile, split, splits, valid, BM: tl.constexpr, BN: tl.constexpr):

@@ -40,7 +40,7 @@ def chunk_of(width: int) -> int:
     return max(16, min(1024, _TILE // width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "blocks"])
 def _align(chosen, order, owners, pairs, blocks, block, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """One program an expert. Each counts all pairs to know where its own begin, then writes down its own."""
     me = tl.program_id(0)

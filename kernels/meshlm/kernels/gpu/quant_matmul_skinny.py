@@ -12,14 +12,14 @@ import triton.language as tl
 
 from meshlm.kernels.gpu.dequantize_tile import unpack_int4
 from meshlm.kernels.gpu.dot import dot
-from meshlm.kernels.gpu.matmul_epilogue import gather_splits, store_tile, weight_rows
+from meshlm.kernels.gpu.matmul_epilogue import NOT_SPECIALIZED, gather_splits, store_tile, weight_rows
 
 SPAN = tl.constexpr(64)
 HALF = tl.constexpr(32)
 GROUPS = tl.constexpr(16)  # whose minimums are multiplied at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def skinny_kernel(
     x,
     codes,
