@@ -63,7 +63,7 @@ def sample(
         return tokens, logprobs
     device, tiles = logits.device, triton.cdiv(vocab, PIECE * TILE)
     pieces = max(16, triton.next_power_of_2(tiles * TILE))
-    config = choose("sample", (pieces,), default_config(pieces), device)
+    config = choose("sample", (pieces,), default_config(pieces, device_major(device)), device)
     penalizes, bias = counts is not None, _bias_width(rows)
     adjusts = penalizes or bias > 0
     piece_top, piece_weight = torch.empty(2, count, tiles * TILE, device=device)
@@ -87,9 +87,17 @@ def sample(
     return tokens, logprobs
 
 
-def default_config(pieces: int) -> Config:
-    """Of the second launch: how many pieces it reads at a time, how many tokens it holds in registers, warps."""
+def default_config(pieces: int, major: int) -> Config:
+    """Of the second launch: how many pieces it reads at a time, how many tokens it holds in registers, warps. By the
+    device's major compute capability, since what fits in registers on one spills on another."""
+    if major == 8:
+        return {"GROUP": 8, "CANDIDATES": 2048, "num_warps": 8}
     return {"GROUP": 16, "CANDIDATES": 2048, "num_warps": 8 if pieces <= 256 else 16}
+
+
+def device_major(device: torch.device) -> int:
+    """Of a CPU, which interprets, the latest."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def count_tokens(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor, *, prompt: bool = False) -> None:
@@ -341,13 +349,14 @@ def variants() -> Iterator[Variant]:
             yield Variant(name, _survey, of_dtype, constants, {"num_warps": 4})
         for vocab in vocabs:
             pieces = triton.next_power_of_2(triton.cdiv(vocab, PIECE * TILE) * TILE)
-            config = dict(default_config(pieces))
-            options = {"num_warps": config.pop("num_warps")}
-            for adjusts in (False, True):
-                constants = sizes | config | {"PIECES": pieces, "TILES": pieces // TILE, "ADJUSTS": adjusts}
-                absent = {} if adjusts else {"worked": None}
-                name = f"sample choose {dtype} {vocab}" + (" adjusted" if adjusts else "")
-                yield Variant(name, _choose, of_dtype, constants | absent, options)
+            for major, architectures in ((8, (80,)), (9, (90, 100))):
+                config = dict(default_config(pieces, major))
+                options = {"num_warps": config.pop("num_warps")}
+                for adjusts in (False, True):
+                    constants = sizes | config | {"PIECES": pieces, "TILES": pieces // TILE, "ADJUSTS": adjusts}
+                    absent = {} if adjusts else {"worked": None}
+                    name = f"sample choose {dtype} {vocab} of {major}.0" + (" adjusted" if adjusts else "")
+                    yield Variant(name, _choose, of_dtype, constants | absent, options, architectures=architectures)
     for prompt in (False, True):
         name = "sample count " + ("prompt" if prompt else "output")
         yield Variant(name, _count, types, {"PROMPT": prompt, "BLOCK": 128}, {"num_warps": 4}, hot=not prompt)
