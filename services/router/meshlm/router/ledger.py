@@ -1,198 +1,215 @@
-"""Stage 2's second half: limits a key, reserved before anything is spent and settled with what was used.
+"""Limits and money: reserved before anything is spent, extended while it streams, settled with what was sent.
 
-GCRA (generic cell rate algorithm, ITU-T I.371): one number a limit, the theoretical arrival time. Reserving adds the
-cost times the emission interval; settling adds the difference to what was used, which gives back or charges the rest.
-All in Redis' own time and in one Lua script, so any number of routers keep one account. While Redis does not answer,
-each router grants a share of the limits by itself.
+`ledger_script.py` has the accounting, one round trip an operation. While Redis does not answer, each router grants a
+share of the limits by itself (`emergency.py`), and says so.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from meshlm.chassis.errors import MeshError, Reason
-from meshlm.router.config import KeyConfig
+from meshlm.chassis.errors import MeshError
+from meshlm.chassis.telemetry import Name, meter
+from meshlm.router.config import RouterConfig
+from meshlm.router.emergency import EmergencyLimits
+from meshlm.router.ledger_script import LEDGER
+from meshlm.router.limits import Limit, Terms, Usage
+from meshlm.router.reservation import Reservation, refusal
 
 log = structlog.get_logger()
 
 _MINUTE_US = 60_000_000
 # A ledger that failed is left alone this long, so that its timeout is not paid by every request, seconds.
 _PAUSE = 1.0
-
-# KEYS: requests' arrival time, tokens' arrival time, reservation.
-# ARGV: emission of a request (us; 0: no limit), of a token (us, may be fractional; 0: no limit), tokens, ttl (ms).
-# Returns {outcome, wait (us), requests left, tokens left}; outcomes: 1 reserved, 0 over a limit (wait tells how long),
-# 2 was reserved already. Times are integers of 16 digits: they are written with %.0f, for Lua prints only 14.
-_RESERVE = """
-local t = redis.call('TIME')
-local now = t[1] * 1000000 + t[2]
-if redis.call('EXISTS', KEYS[3]) == 1 then return {2, 0, -1, -1} end
-local costs = {1, tonumber(ARGV[3])}
-local new, wait, left = {}, 0, {-1, -1}
-for i = 1, 2 do
-  local emission = tonumber(ARGV[i])
-  if emission > 0 then
-    local tat = math.max(tonumber(redis.call('GET', KEYS[i]) or '0'), now)
-    new[i] = tat + costs[i] * emission
-    wait = math.max(wait, new[i] - now - 60000000)
-    left[i] = math.floor((now + 60000000 - new[i]) / emission + 0.5)
-  end
-end
-if wait > 0 then return {0, math.ceil(wait), -1, -1} end
-for i = 1, 2 do
-  if new[i] then
-    redis.call('SET', KEYS[i], string.format('%.0f', new[i]), 'PX', math.ceil((new[i] - now) / 1000) + 1000)
-  end
-end
-redis.call('SET', KEYS[3], ARGV[3], 'PX', ARGV[4])
-return {1, 0, left[1], left[2]}
-"""
-
-# KEYS as above; ARGV: emission of a token (us), tokens used. Returns 1, or 0 where there is no such reservation
-# (settled already, or expired): then the reservation's charge stays as it is.
-_SETTLE = """
-local reserved = redis.call('GETDEL', KEYS[3])
-if not reserved then return 0 end
-local emission = tonumber(ARGV[1])
-if emission == 0 then return 1 end
-local t = redis.call('TIME')
-local now = t[1] * 1000000 + t[2]
-local tat = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), now)
-local new = tat + (tonumber(ARGV[2]) - tonumber(reserved)) * emission
-if new <= now then redis.call('DEL', KEYS[2])
-else redis.call('SET', KEYS[2], string.format('%.0f', new), 'PX', math.ceil((new - now) / 1000) + 1000) end
-return 1
-"""
-
-
-@dataclass(frozen=True)
-class Reservation:
-    id: str
-    key: KeyConfig
-    tokens: int
-    mode: str  # `shared` in Redis, `emergency` by this router alone, `unlimited`
-    requests_left: int | None = None
-    tokens_left: int | None = None
+# Settlements kept for a ledger that does not answer.
+_OWED = 10_000
+# Completion tokens reserved at a time.
+SLICE = 256
 
 
 class Ledger:
-    def __init__(
-        self,
-        redis: Redis | None,
-        *,
-        reservation_seconds: float,
-        emergency_share: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._redis = redis
-        self._expiry_ms = round(reservation_seconds * 1000)
-        self._emergency = _LocalLimits(emergency_share, clock)
+    """Any number of routers with the same Redis keep one account."""
+
+    def __init__(self, redis: Redis | None, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._script = redis.register_script(LEDGER) if redis is not None else None
+        self._expiry_ms = round(config.reservation_seconds * 1000)
+        self._lease_ms = round(config.lease_seconds * 1000)
         self._clock = clock
+        self._emergency = EmergencyLimits(config.emergency_share, clock)
         self._paused_until = 0.0
-        self._reserve = redis.register_script(_RESERVE) if redis is not None else None
-        self._settle = redis.register_script(_SETTLE) if redis is not None else None
+        self._answers = True
+        self._owed: deque[tuple[Reservation, Usage]] = deque(maxlen=_OWED)
+        self._paying: asyncio.Task[None] | None = None
+        self._leases: set[Reservation] = set()
+        self._renewing: asyncio.Task[None] | None = None
+        self._refusals = meter().create_counter(Name.LEDGER_REFUSALS, "{refusal}", "Requests and streams over a limit")
+        self._state = meter().create_gauge(Name.LEDGER_EMERGENCY, "1", "1 while this router limits by itself")
 
-    async def reserve(self, identifier: str, key: KeyConfig, tokens: int) -> Reservation:
-        """Take one request and `tokens` from the key's limits.
+    async def stop(self) -> None:
+        """End what runs beside requests."""
+        for task in (self._renewing, self._paying):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
 
-        Raises MeshError RATE_LIMITED, with the time to wait, or without one where it can never pass.
+    async def reserve(self, identifier: str, terms: Terms, prompt: int, at_most: int) -> Reservation:
+        """Take one request, a place for its stream, `prompt` tokens and the first slice of at most `at_most` more.
+
+        Raises MeshError RATE_LIMITED or BUDGET_SPENT: all or nothing, with the limit that takes longest, and the time
+        to wait; without one where it can never pass.
         """
-        if not key.requests_per_minute and not key.tokens_per_minute:
-            return Reservation(identifier, key, tokens, "unlimited")
-        if key.tokens_per_minute and tokens > key.tokens_per_minute:
-            raise MeshError(
-                Reason.RATE_LIMITED,
-                f"the request may take {tokens} tokens, more than the {key.tokens_per_minute} of a whole minute; "
-                "lower max_tokens",
-                metadata={"limit": "tokens_per_minute", "permanent": "true"},
-            )
-        if self._reserve is not None and self._clock() >= self._paused_until:
-            try:
-                return await self._reserve_shared(identifier, key, tokens)
-            except (RedisError, OSError, TimeoutError):
-                self._pause()
-        self._emergency.take(key, tokens)
-        return Reservation(identifier, key, tokens, "emergency")
-
-    async def settle(self, reservation: Reservation, tokens: int) -> bool:
-        """Replace what was reserved by what was used. Idempotent. False where the ledger did not take it."""
-        if reservation.mode == "unlimited":
-            return True
-        if reservation.mode == "emergency":
-            self._emergency.give_back(reservation.key, reservation.tokens - tokens)
-            return True
-        assert self._settle is not None  # noqa: S101  a shared reservation came from there
+        usage = Usage(prompt=prompt)
+        reservation = Reservation(identifier, terms, usage)
+        if not terms.limits:
+            return reservation
         try:
-            keys = _keys(reservation.key, reservation.id)
-            return bool(await self._settle(keys=keys, args=[_token_emission(reservation.key), tokens]))
+            wanted = reservation.first_slice(min(SLICE, at_most))
+            await self._reserve(reservation, usage, wanted)
+        except MeshError as error:
+            self._count_refusal(error, terms, "admission")
+            raise
+        reservation.granted = wanted
+        if any(limit.kind.form == "streams" for limit in terms.limits):
+            self._keep(reservation)
+        return reservation
+
+    async def extend(self, reservation: Reservation, usage: Usage, wanted: int) -> tuple[Limit, float] | None:
+        """Hold `wanted` completion tokens in all, of which `usage` were sent: sets `granted`.
+
+        Returns the limit that granted less and the seconds until it would grant all; None where all was granted.
+        """
+        async with reservation.lock:
+            if reservation.endless or reservation.settled:
+                return None
+            lines = reservation.lines(usage)
+            answer = await self._run("extend", reservation, lines, wanted, usage.completion)
+            if answer is not None:
+                outcome, granted, wait, by, *_ = answer
+                if outcome == 1:
+                    reservation.mode = "shared"
+                    reservation.granted = granted
+                    reservation.held = [line.cost(granted) for line in lines]
+                short, seconds = by - 1 if outcome == 1 else 0, wait / 1e6
+            else:
+                reservation.mode = "emergency"
+                reservation.granted, short, seconds = self._emergency.extend(reservation, lines, wanted)
+            return (reservation.terms.limits[short], seconds) if short >= 0 else None
+
+    async def settle(self, reservation: Reservation, usage: Usage) -> bool:
+        """Replace what is held by what was used. Idempotent. False where the ledger could not be told (yet)."""
+        async with reservation.lock:
+            if reservation.settled or not reservation.terms.limits:
+                return not reservation.settled
+            reservation.settled = True
+            self._leases.discard(reservation)
+            lines = reservation.lines(usage)
+            answer = await self._run("settle", reservation, lines, usage.completion, usage.completion)
+            if reservation.local:
+                self._emergency.move(reservation, lines, usage.completion)
+                self._emergency.leave(reservation)
+            if answer is None:
+                self._owed.append((reservation, usage))
+                return False
+            return bool(answer[0] == 1)
+
+    def refuse_stream(self, error: MeshError, terms: Terms) -> None:
+        """Count a stream that went as far as its limits let it."""
+        self._count_refusal(error, terms, "stream")
+
+    async def _reserve(self, reservation: Reservation, usage: Usage, wanted: int) -> None:
+        lines = reservation.lines(usage)
+        answer = await self._run("reserve", reservation, lines, wanted, wanted)
+        if answer is None:
+            reservation.mode = "emergency"
+            self._emergency.reserve(reservation, lines, wanted)
+            return
+        outcome, _, wait, by, *left = answer
+        if outcome == 0:
+            raise refusal(reservation.terms.limits[by - 1], wait / 1e6)
+        reservation.mode = "shared"
+        reservation.held = [line.cost(wanted) for line in lines]
+        if outcome == 1:
+            reservation.note_left(left)
+
+    async def _run(
+        self, operation: str, reservation: Reservation, lines: list[Any], wanted: int, least: int
+    ) -> list[int] | None:
+        """The script's answer; None where the ledger gives none."""
+        reservation.number += 1
+        reservation.touched = self._clock()
+        if self._script is None or reservation.touched < self._paused_until:
+            return None
+        keys = [f"meshlm:{{{reservation.terms.tenant}}}:reservation:{reservation.id}"]
+        arguments: list[Any] = [
+            operation, reservation.id, reservation.number, wanted, least, self._expiry_ms, self._lease_ms
+        ]  # fmt: skip
+        for limit, line in zip(reservation.terms.limits, lines, strict=True):
+            form = limit.kind.form
+            keys += [limit.state, f"{limit.state}:weights"] if form == "streams" else [limit.state]
+            emission = _MINUTE_US / limit.amount if form == "rate" else 0
+            arguments += [form, limit.amount, emission, line.fixed, line.each]
+        try:
+            answer: list[int] = await self._script(keys=keys, args=arguments)
         except (RedisError, OSError, TimeoutError):
             self._pause()
-            return False
-
-    async def _reserve_shared(self, identifier: str, key: KeyConfig, tokens: int) -> Reservation:
-        assert self._reserve is not None  # noqa: S101
-        requests = _MINUTE_US / key.requests_per_minute if key.requests_per_minute else 0
-        outcome, wait, requests_left, tokens_left = await self._reserve(
-            keys=_keys(key, identifier), args=[requests, _token_emission(key), tokens, self._expiry_ms]
-        )
-        if outcome == 0:
-            raise _limited(wait / 1e6)
-        return Reservation(
-            identifier,
-            key,
-            tokens,
-            "shared",
-            requests_left if requests_left >= 0 else None,
-            tokens_left if tokens_left >= 0 else None,
-        )
+            return None
+        self._note_answer()
+        return answer
 
     def _pause(self) -> None:
-        if self._clock() >= self._paused_until + _PAUSE:
-            log.warning("the ledger does not answer: emergency limits are in force", exc_info=True)
         self._paused_until = self._clock() + _PAUSE
+        if self._answers:
+            log.warning("the ledger does not answer: emergency limits are in force", exc_info=True)
+        self._answers = False
+        self._state.set(1)
 
+    def _note_answer(self) -> None:
+        if not self._answers:
+            log.info("the ledger answers again")
+        self._answers = True
+        self._state.set(0)
+        if self._owed and (self._paying is None or self._paying.done()):
+            self._paying = asyncio.create_task(self._pay())
 
-class _LocalLimits:
-    """GCRA in this process, at a share of each limit."""
+    async def _pay(self) -> None:
+        """Tell the ledger what was settled while it did not answer; it knows by the id what it was told before."""
+        while self._owed:
+            reservation, usage = self._owed[0]
+            lines = reservation.lines(usage)
+            if await self._run("settle", reservation, lines, usage.completion, usage.completion) is None:
+                return
+            self._owed.popleft()
 
-    def __init__(self, share: float, clock: Callable[[], float]) -> None:
-        self._share = share
-        self._clock = clock
-        self._arrival: dict[tuple[str, str], float] = {}  # theoretical arrival time, seconds of the clock
+    def _keep(self, reservation: Reservation) -> None:
+        """Renew the lease of its stream's place until it is settled."""
+        self._leases.add(reservation)
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self._renew())
 
-    def take(self, key: KeyConfig, tokens: int) -> None:
-        now = self._clock()
-        costs = (("requests", key.requests_per_minute, 1), ("tokens", key.tokens_per_minute, tokens))
-        planned = {}
-        for name, limit, cost in costs:
-            if limit:
-                arrival = max(self._arrival.get((key.id, name), 0.0), now) + cost * 60 / (limit * self._share)
-                # What alone is more than the share still passes when nothing else is in the way.
-                burst = max(60.0, cost * 60 / (limit * self._share))
-                if arrival - now > burst + 1e-9:
-                    raise _limited(arrival - now - burst)
-                planned[key.id, name] = arrival
-        self._arrival.update(planned)
+    async def _renew(self) -> None:
+        period = self._lease_ms / 3000
+        while self._leases:
+            await asyncio.sleep(period)
+            for reservation in list(self._leases):
+                if self._clock() - reservation.touched >= period and not reservation.lock.locked():
+                    await self._touch(reservation)
 
-    def give_back(self, key: KeyConfig, tokens: int) -> None:
-        if key.tokens_per_minute and (key.id, "tokens") in self._arrival:
-            self._arrival[key.id, "tokens"] -= tokens * 60 / (key.tokens_per_minute * self._share)
+    async def _touch(self, reservation: Reservation) -> None:
+        async with reservation.lock:
+            if not reservation.settled:
+                lines, granted = reservation.lines(reservation.usage), reservation.granted
+                await self._run("extend", reservation, lines, granted, granted)
 
-
-def _limited(seconds: float) -> MeshError:
-    return MeshError(Reason.RATE_LIMITED, "the key's limit is reached", retry_after=seconds)
-
-
-def _token_emission(key: KeyConfig) -> float:
-    return _MINUTE_US / key.tokens_per_minute if key.tokens_per_minute else 0
-
-
-def _keys(key: KeyConfig, reservation: str) -> list[str]:
-    tag = f"meshlm:{{{key.tenant}/{key.id}}}"  # one hash slot, so that a cluster can run the script
-    return [f"{tag}:requests", f"{tag}:tokens", f"{tag}:reservation:{reservation}"]
+    def _count_refusal(self, error: MeshError, terms: Terms, stage: str) -> None:
+        labels = {name: error.metadata.get(name, "") for name in ("limit", "holder")}
+        self._refusals.add(1, {**labels, Name.TENANT: terms.tenant, "stage": stage})

@@ -37,11 +37,7 @@ class RouterService:
         self._fleet = Fleet(config.workers, default_model=config.default_model, aliases=config.aliases)
         self._answers = Answers(config)
         self._guards = Guards(config)
-        ledger = Ledger(
-            self._redis,
-            reservation_seconds=config.reservation_seconds,
-            emergency_share=config.emergency_share,
-        )
+        ledger = Ledger(self._redis, config)
         self._pipeline = Pipeline(config, ledger=ledger, fleet=self._fleet, answers=self._answers, guards=self._guards)
 
     def register(self, grpc_server: grpc.aio.Server) -> Sequence[str]:
@@ -52,7 +48,7 @@ class RouterService:
     async def start(self, life: Life) -> None:
         """Ready as soon as it listens: replicas come and go, and a request that finds none gets that as its reason."""
         self._fleet.start()
-        if self._redis is None and any(key.requests_per_minute or key.tokens_per_minute for key in self._config.keys):
+        if self._redis is None and any(limits.limited for limits in self._config.all_limits()):
             log.warning("state.redis_url is empty: keys get the emergency share of their limits, from each router")
 
     async def drain(self) -> None:

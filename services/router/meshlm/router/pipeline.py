@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Iterator
+from typing import Any, TypeVar
 
 import structlog
 from opentelemetry import trace
@@ -14,11 +14,13 @@ from opentelemetry import trace
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.telemetry import Name, span
 from meshlm.router.answers import Answers
+from meshlm.router.budget import Budget
 from meshlm.router.config import RouterConfig
 from meshlm.router.dispatch import WorkerCall, dispatch, token_text
 from meshlm.router.fleet import Fleet
 from meshlm.router.guarding import Guards
 from meshlm.router.ledger import Ledger
+from meshlm.router.limits import Kind, LimitBook, Usage
 from meshlm.router.record import Recorder
 from meshlm.router.work import Work
 from meshlm.v1 import cache_pb2, inference_pb2
@@ -34,6 +36,7 @@ class Pipeline:
     def __init__(self, config: RouterConfig, *, ledger: Ledger, fleet: Fleet, answers: Answers, guards: Guards) -> None:
         self._config = config
         self._ledger = ledger
+        self._book = LimitBook(config)
         self._fleet = fleet
         self._answers = answers
         self._guards = guards
@@ -43,6 +46,7 @@ class Pipeline:
     async def run(self, work: Work) -> AsyncGenerator[Response, None]:
         """The responses to a request that was identified. Passes through `_settle` whatever happens."""
         try:
+            self._resolve(work)
             await self._admit(work)
             self._choose(work)
             screening = asyncio.create_task(self._screen(work))
@@ -70,18 +74,30 @@ class Pipeline:
         """Wait for settlements still under way."""
         if self._settling:
             await asyncio.wait(self._settling)
+        await self._ledger.stop()
+
+    def _resolve(self, work: Work) -> None:
+        """The model that is meant: limits and prices may be of one model."""
+        model = self._fleet.resolve(work.generation.model)
+        if work.key.models and model not in work.key.models:
+            raise MeshError(Reason.KEY_NOT_ALLOWED, "this key may not use this model", metadata={"model": model})
+        work.generation.model = model
+        work.terms = self._book.terms(work.key, model, work.weight)
 
     async def _admit(self, work: Work) -> None:
+        assert work.terms is not None  # noqa: S101
         attributes = {
             Name.PROMPT_BYTES: work.measure.size,
             Name.PROMPT_ENTROPY: work.measure.entropy,
             Name.PROMPT_COMPRESSION: work.measure.compression,
-            Name.TOKENS_RESERVED: work.tokens_at_most,
+            Name.LEDGER_WEIGHT: work.terms.weight,
         }
         with span("router.admit", attributes) as current:
             # The request's own id may be sent twice by a caller: a reservation is of this call alone.
             identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
-            reserving = asyncio.ensure_future(self._ledger.reserve(identifier, work.key, work.tokens_at_most))
+            reserving = asyncio.ensure_future(
+                self._ledger.reserve(identifier, work.terms, work.measure.tokens, work.completion_at_most)
+            )
             try:
                 work.reservation = await asyncio.shield(reserving)
             except asyncio.CancelledError:
@@ -89,15 +105,16 @@ class Pipeline:
                 with contextlib.suppress(MeshError):
                     work.reservation = await reserving
                 raise
+            except MeshError as error:
+                current.set_attribute(Name.LEDGER_LIMIT, error.metadata["limit"])
+                raise
             current.set_attribute(Name.LEDGER_MODE, work.reservation.mode)
+            if not work.reservation.endless:
+                current.set_attribute(Name.TOKENS_RESERVED, work.measure.tokens + work.reservation.granted)
         work.timing.admit = work.elapsed()
 
     def _choose(self, work: Work) -> None:
-        model = self._fleet.resolve(work.generation.model)
-        if work.key.models and model not in work.key.models:
-            raise MeshError(Reason.KEY_NOT_ALLOWED, "this key may not use this model", metadata={"model": model})
-        work.choice = self._fleet.choose(model)
-        work.generation.model = model
+        work.choice = self._fleet.choose(work.generation.model)
         current = trace.get_current_span()
         current.set_attribute(Name.CANDIDATES, [replica.name for replica in work.choice.replicas])
         current.set_attribute(Name.ROUTING_REASON, work.choice.reason)
@@ -135,7 +152,10 @@ class Pipeline:
         for chunk in answer.chunks:
             work.note(chunk)
             yield Response(chunk=chunk, usage=work.usage)
-        yield Response(end=self._end(work), usage=work.usage)
+        end = self._end(work)
+        if (cost := work.cost_micros) is not None:
+            end.cost_micros = cost
+        yield Response(end=end, usage=work.usage)
 
     async def _generate(self, work: Work, screening: asyncio.Task[pb.Verdict | None]) -> AsyncGenerator[Response, None]:
         # Prefill and guard run at the same time; nothing leaves before the verdict.
@@ -146,19 +166,25 @@ class Pipeline:
             work.input_verdict = await screening
             call = await dispatching
             await window.open()
-            yield Response(start=self._start(work), usage=work.usage)
+            budget = await self._open_budget(work)
+            yield self._tell(work, start=self._start(work))
             async for message in call.messages():
                 work.usage = message.usage
                 if message.HasField("chunk"):
                     for chunk in await window.pass_through(message.chunk, message.skipped_text):
+                        if not (budget.covers(after := work.after(chunk)) or await budget.secure(after)):
+                            work.output_verdicts = window.verdicts()
+                            for response in self._cut(work):
+                                yield response
+                            raise budget.error(work.billed)
                         work.note(chunk)
-                        yield Response(chunk=chunk, usage=work.usage)
+                        yield self._tell(work, chunk=chunk)
                 if message.HasField("end"):
                     work.note_engine(message.end.timing)
                 elif work.complete and window.blocked:
                     break  # the worker does not know that nobody wants the rest
             work.output_verdicts, work.judged = window.verdicts(), window.judged
-            yield Response(end=self._end(work), usage=work.usage)
+            yield self._tell(work, end=self._end(work))
             await window.finish()
         finally:
             window.close()
@@ -166,15 +192,47 @@ class Pipeline:
             if call is not None:
                 await call.close(work)
 
+    async def _open_budget(self, work: Work) -> Budget:
+        assert work.reservation is not None  # noqa: S101
+        budget = Budget(self._ledger, work.reservation, work.completion_at_most)
+        await budget.accept(Usage(work.usage.prompt_tokens, work.usage.cached_prompt_tokens))
+        return budget
+
+    def _cut(self, work: Work) -> Iterator[Response]:
+        """The last messages of a stream that went as far as its limits let it."""
+        for choice in range(work.choices):
+            if choice not in work.finishes:
+                offset = work.ends.get(choice, work.resume_from)
+                chunk = pb.Chunk(choice=choice, token_offset=offset, finish_reason=pb.FINISH_REASON_BUDGET_SPENT)
+                work.note(chunk)
+                yield self._tell(work, chunk=chunk)
+        yield self._tell(work, end=self._end(work))
+
+    def _tell(self, work: Work, **event: Any) -> Response:
+        """A message, with the usage that is billed if it is the last."""
+        work.told = pb.Usage(
+            prompt_tokens=work.usage.prompt_tokens,
+            cached_prompt_tokens=work.usage.cached_prompt_tokens,
+            completion_tokens=work.sent,
+        )
+        if "end" in event and (cost := work.cost_micros) is not None:
+            event["end"].cost_micros = cost
+        return Response(usage=work.told, **event)
+
     def _start(self, work: Work) -> inference_pb2.StreamStart:
         start = inference_pb2.StreamStart(
             request_id=work.request_id, trace_id=work.trace_id, routing=_routing(work), input_verdict=work.input_verdict
         )
-        reservation = work.reservation
-        if reservation is not None and (reservation.requests_left is not None or reservation.tokens_left is not None):
+        if work.reservation is not None and (left := work.reservation.left):
             start.limits.MergeFrom(
                 inference_pb2.LimitState(
-                    requests_remaining=reservation.requests_left, tokens_remaining=reservation.tokens_left
+                    requests_remaining=left.get(Kind.REQUESTS),
+                    tokens_remaining=left.get(Kind.TOKENS),
+                    prompt_tokens_remaining=left.get(Kind.PROMPT),
+                    completion_tokens_remaining=left.get(Kind.COMPLETION),
+                    streams_remaining=left.get(Kind.STREAMS),
+                    day_micros_remaining=left.get(Kind.DAY),
+                    month_micros_remaining=left.get(Kind.MONTH),
                 )
             )
         return start
@@ -184,10 +242,13 @@ class Pipeline:
         return inference_pb2.StreamEnd(timing=work.timing, output_verdicts=work.output_verdicts)
 
     async def _settle(self, work: Work) -> None:
-        """What was used is billed, the rest given back; the answer goes to the cache, the record to the log."""
-        with span("router.settle", {Name.TOKENS_SETTLED: work.tokens_used}):
-            if work.reservation is not None and not await self._ledger.settle(work.reservation, work.tokens_used):
-                log.warning("reservation not settled: its charge stays", tokens=work.reservation.tokens)
+        """What went out is billed, the rest given back; the answer goes to the cache, the record to the log."""
+        billed = work.billed
+        with span("router.settle", {Name.TOKENS_SETTLED: billed.prompt + billed.completion}) as current:
+            if work.reservation is not None:
+                if not await self._ledger.settle(work.reservation, billed):
+                    log.warning("reservation not settled", mode=work.reservation.mode)
+                current.set_attribute(Name.LEDGER_MODE, work.reservation.mode)
             if work.lookup.flight:
                 await self._end_flight(work)
         self._recorder.record(work)

@@ -19,6 +19,10 @@ class Recorder:
         self._first = meter().create_histogram(Name.SERVER_TTFT, "s", "Time to the first token released")
         self._each = meter().create_histogram(Name.SERVER_TPOT, "s", "Time per output token after the first")
         self._tokens = meter().create_counter("meshlm.tokens", "{token}", "Tokens used, by kind")
+        self._charged = meter().create_counter(
+            Name.LEDGER_CHARGED, "{token}", "Tokens charged to limits: those billed, times the request's weight"
+        )
+        self._cost = meter().create_counter(Name.COST, "{micro}", "Cost, millionths of the configured currency")
         self._requests = meter().create_counter("meshlm.requests", "{request}", "Requests, by outcome")
 
     def record(self, work: Work) -> None:
@@ -32,10 +36,26 @@ class Recorder:
             if work.usage.completion_tokens > 1 and work.complete:
                 self._each.record((work.elapsed() - first) / (work.usage.completion_tokens - 1), labels)
         if work.lookup.answer is None:
-            for kind in ("prompt_tokens", "cached_prompt_tokens", "completion_tokens"):
-                self._tokens.add(getattr(work.usage, kind), {**labels, Name.TENANT: work.key.tenant, "kind": kind})
+            self._count(work, {**labels, Name.TENANT: work.key.tenant})
         self._annotate(work, model)
         self._log(work, model)
+
+    def _count(self, work: Work, labels: dict[str, str]) -> None:
+        """Tokens and money of an answer that was made for this request."""
+        billed = work.billed
+        kinds = {
+            "prompt_tokens": billed.prompt,
+            "cached_prompt_tokens": billed.cached,
+            "completion_tokens": billed.completion,
+        }
+        for kind, tokens in kinds.items():
+            self._tokens.add(tokens, {**labels, "kind": kind})
+        if work.reservation is not None and work.reservation.mode != "unlimited":
+            more = {**labels, Name.LEDGER_MODE: work.reservation.mode}
+            for kind in ("prompt_tokens", "completion_tokens"):
+                self._charged.add(round(work.reservation.terms.weight * kinds[kind]), {**more, "kind": kind})
+        if cost := work.cost_micros:
+            self._cost.add(cost, labels)
 
     def _annotate(self, work: Work, model: str) -> None:
         finishes = [_finish(reason) for _, reason in sorted(work.finishes.items())]
@@ -49,7 +69,7 @@ class Recorder:
             Name.CACHE_OUTCOME: work.lookup.outcome,
             Name.INPUT_TOKENS: work.usage.prompt_tokens,
             Name.CACHED_TOKENS: work.usage.cached_prompt_tokens,
-            Name.OUTPUT_TOKENS: work.usage.completion_tokens,
+            Name.OUTPUT_TOKENS: work.usage.completion_tokens if work.lookup.answer is not None else work.sent,
             Name.FINISH_REASONS: finishes,
             Name.TIME_TO_FIRST_CHUNK: work.timing.time_to_first_token,
             Name.MAX_TOKENS: sampling.max_tokens,
@@ -57,6 +77,8 @@ class Recorder:
         }
         if sampling.HasField("temperature"):
             attributes[Name.TEMPERATURE] = sampling.temperature
+        if (cost := work.cost_micros) is not None:
+            attributes[Name.COST_MICROS] = cost
         if work.replica is not None:
             attributes[Name.REPLICA] = work.replica.name
         trace.get_current_span().set_attributes(attributes)
@@ -75,7 +97,8 @@ class Recorder:
             prompt_tokens=work.usage.prompt_tokens,
             cached_prompt_tokens=work.usage.cached_prompt_tokens,
             completion_tokens=work.usage.completion_tokens,
-            billed_tokens=work.tokens_used,
+            billed_tokens=work.billed.prompt + work.billed.completion,
+            cost_micros=work.cost_micros,
             finish=[_finish(reason) for _, reason in sorted(work.finishes.items())],
             input_categories=list(work.input_verdict.categories) if work.input_verdict is not None else [],
             output_categories=sorted({c for verdict in work.output_verdicts for c in verdict.categories}),

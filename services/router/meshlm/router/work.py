@@ -11,8 +11,9 @@ from meshlm.chassis.validation import check_generation, is_deterministic
 from meshlm.router.answers import Lookup
 from meshlm.router.config import KeyConfig, RouterConfig
 from meshlm.router.fleet import Choice, Replica
-from meshlm.router.ledger import Reservation
+from meshlm.router.limits import Terms, Usage
 from meshlm.router.measure import Measure, measure
+from meshlm.router.reservation import Reservation
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
 
@@ -34,6 +35,8 @@ class Work:
     measure: Measure
     started: float  # seconds, time.perf_counter
     deadline: float  # same clock
+    weight: float = 1.0  # tokens and concurrent streams are counted so many times, at least 1
+    terms: Terms | None = None  # once its model is known
     reservation: Reservation | None = None
     choice: Choice | None = None
     replica: Replica | None = None
@@ -41,10 +44,14 @@ class Work:
     input_verdict: pb.Verdict | None = None
     output_verdicts: list[pb.Verdict] = field(default_factory=list)
     judged: bool = False  # whether all of a whole answer passed the output guard, where there is one
-    usage: pb.Usage = field(default_factory=pb.Usage)
+    usage: pb.Usage = field(default_factory=pb.Usage)  # what the worker counted so far
+    told: pb.Usage = field(default_factory=pb.Usage)  # what the last message that went out says: this is billed
     timing: pb.Timing = field(default_factory=pb.Timing)
     chunks: list[pb.Chunk] = field(default_factory=list)  # released, kept for the cache only
     finishes: dict[int, pb.FinishReason.ValueType] = field(default_factory=dict)  # by choice
+    ends: dict[int, int] = field(default_factory=dict)  # by choice: offset after the last token that went out
+    sent: int = 0  # completion tokens that went out, over all choices
+    completion_limit: int = 0  # most tokens a choice can get, after the context's limit; 0 until a worker said so
     outcome: str = "cancelled"  # until something else is known: complete, or the reason of the error
 
     @classmethod
@@ -88,16 +95,22 @@ class Work:
         return self.generation.sampling.n if self.generation.sampling.HasField("n") else 1
 
     @property
-    def tokens_at_most(self) -> int:
-        """What to reserve: the prompt's estimate and every choice's limit."""
-        return self.measure.tokens + self.choices * self.generation.sampling.max_tokens
+    def completion_at_most(self) -> int:
+        """Most completion tokens that can come, over all choices."""
+        asked = self.generation.sampling.max_tokens
+        return self.choices * (min(asked, self.completion_limit) if self.completion_limit else asked)
 
     @property
-    def tokens_used(self) -> int:
-        """What to bill: nothing for an answer that was already there."""
+    def billed(self) -> Usage:
+        """What went out, as its last message says; nothing for an answer that was already there."""
         if self.lookup.answer is not None:
-            return 0
-        return self.usage.prompt_tokens + self.usage.completion_tokens
+            return Usage()
+        return Usage(self.told.prompt_tokens, self.told.cached_prompt_tokens, self.told.completion_tokens)
+
+    @property
+    def cost_micros(self) -> int | None:
+        """Its price so far, millionths of the configured currency; None without a price."""
+        return self.terms.cost(self.billed) if self.terms is not None else None
 
     @property
     def cache_salt(self) -> bytes:
@@ -112,7 +125,8 @@ class Work:
     @property
     def cacheable(self) -> bool:
         """Whether the answer may be given again, to keys whose guard must not fail and for the weights looked up."""
-        whole = self.complete and pb.FINISH_REASON_CONTENT_FILTER not in self.finishes.values()
+        cut = {pb.FINISH_REASON_CONTENT_FILTER, pb.FINISH_REASON_BUDGET_SPENT}
+        whole = self.complete and not cut.intersection(self.finishes.values())
         return whole and self.judged and self.choice is not None and self.choice.revision == self.lookup.revision
 
     def elapsed(self) -> float:
@@ -133,8 +147,16 @@ class Work:
         """What the worker says of its own stages."""
         self.timing.queue, self.timing.prefill, self.timing.decode = timing.queue, timing.prefill, timing.decode
 
+    def after(self, chunk: pb.Chunk) -> Usage:
+        """What will have gone out with this chunk."""
+        more = chunk.token_offset + chunk.token_count - self.ends.get(chunk.choice, 0)
+        return Usage(self.usage.prompt_tokens, self.usage.cached_prompt_tokens, self.sent + more)
+
     def note(self, chunk: pb.Chunk) -> None:
         """A chunk goes out to the client."""
+        end = chunk.token_offset + chunk.token_count
+        self.sent += end - self.ends.get(chunk.choice, 0)
+        self.ends[chunk.choice] = end
         if chunk.text and not self.timing.time_to_first_token:
             self.timing.time_to_first_token = self.elapsed()
         if chunk.finish_reason != pb.FINISH_REASON_UNSPECIFIED:
