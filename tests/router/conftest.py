@@ -85,7 +85,7 @@ def key(**more: Any) -> KeyConfig:
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
-    """Says `pieces`, one token each; can be told to refuse, fail, stall or wait."""
+    """Says `pieces`, a token each; can be told to refuse, fail, stall or wait."""
 
     def __init__(self, name: str) -> None:
         self.load = worker_pb2.WatchLoadResponse(
@@ -98,6 +98,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.changed = asyncio.Event()
         self.mute = False  # new watchers hear nothing
         self.pieces = ["Hello", " big", " world"]
+        self.tokens_each = 1  # of a piece
+        self.prompt_tokens = 7
         self.skipped = ""  # told with the first chunk
         self.refusal: MeshError | None = None
         self.failure: MeshError | None = None  # after the first piece
@@ -120,8 +122,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.requests.append(request)
         if self.refusal is not None:
             raise self.refusal
-        usage = pb.Usage(prompt_tokens=7)
-        accepted = worker_pb2.GenerationAccepted(prompt_tokens=7, max_tokens=10, model_revision="r1")
+        usage = pb.Usage(prompt_tokens=self.prompt_tokens)
+        accepted = worker_pb2.GenerationAccepted(
+            prompt_tokens=self.prompt_tokens, max_tokens=request.generation.sampling.max_tokens, model_revision="r1"
+        )
         ended = False
         try:
             yield worker_pb2.RunGenerationResponse(accepted=accepted, usage=usage)
@@ -130,9 +134,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                     raise self.failure
                 if number and self.hold is not None:
                     await self.hold.wait()
-                usage.completion_tokens = number + 1
+                usage.completion_tokens = (number + 1) * self.tokens_each
                 last = number + 1 == len(self.pieces)
-                chunk = pb.Chunk(token_offset=number, token_count=1, text=piece, finish_reason=int(last))
+                chunk = pb.Chunk(
+                    token_offset=number * self.tokens_each,
+                    token_count=self.tokens_each,
+                    text=piece,
+                    finish_reason=int(last),
+                )
                 skipped = self.skipped if number == 0 else ""
                 yield worker_pb2.RunGenerationResponse(chunk=chunk, usage=usage, skipped_text=skipped)
             timing = pb.Timing(queue=0.5, prefill=1.5, decode=2.5)

@@ -25,7 +25,7 @@ class Budget:
         """The worker counted the prompt. Waits where the estimate was too low: the answer must not be granted what the
         prompt has taken."""
         if not self._reservation.endless and usage.prompt > self._reservation.usage.prompt:
-            await self._extend(usage, more=0)
+            await self._extend(usage, more=0, least=0)
 
     def covers(self, usage: Usage) -> bool:
         """Whether a message after which so much was sent is paid for. Asks for more where it soon will not be."""
@@ -60,9 +60,9 @@ class Budget:
             self._asking = asyncio.create_task(self._extend(usage))
         return self._asking
 
-    async def _extend(self, usage: Usage, more: int = SLICE) -> None:
-        """`more` than is held, or than this message takes where that is larger."""
+    async def _extend(self, usage: Usage, more: int = SLICE, least: int | None = None) -> None:
+        """`more` than is held, or than this message takes where that is larger; at least what was granted before."""
         granted = self._reservation.granted
-        wanted = min(self._at_most, max(granted, usage.completion) + more)
-        self._reservation.usage = Usage(usage.prompt, usage.cached, min(usage.completion, granted))
+        wanted = max(usage.completion, min(self._at_most, max(granted, usage.completion) + more))
+        self._reservation.usage = Usage(usage.prompt, usage.cached, granted if least is None else least)
         self._short = await self._ledger.extend(self._reservation, self._reservation.usage, wanted)

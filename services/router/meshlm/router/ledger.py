@@ -84,7 +84,7 @@ class Ledger:
         return reservation
 
     async def extend(self, reservation: Reservation, usage: Usage, wanted: int) -> tuple[Limit, float] | None:
-        """Hold `wanted` completion tokens in all, of which `usage` were sent: sets `granted`.
+        """Hold `wanted` completion tokens in all, but never fewer than `usage` has; sets `granted`.
 
         Returns the limit that granted less and the seconds until it would grant all; None where all was granted.
         """
