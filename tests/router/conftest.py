@@ -99,6 +99,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.mute = False  # new watchers hear nothing
         self.pieces = ["Hello", " big", " world"]
         self.tokens_each = 1  # of a piece
+        self.stalls_at: int | None = None  # this piece never comes
         self.prompt_tokens = 7
         self.skipped = ""  # told with the first chunk
         self.refusal: MeshError | None = None
@@ -134,6 +135,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                     raise self.failure
                 if number and self.hold is not None:
                     await self.hold.wait()
+                if number == self.stalls_at:
+                    await asyncio.Event().wait()
                 usage.completion_tokens = (number + 1) * self.tokens_each
                 last = number + 1 == len(self.pieces)
                 chunk = pb.Chunk(

@@ -155,6 +155,7 @@ class TestSpent:
     def long_answers(self, mesh: Any) -> None:
         for worker in mesh.workers:
             worker.pieces = ["x"] * 5000
+            worker.stalls_at = 2000  # so that it cannot have ended by itself
 
     async def test_a_stream_ends_at_its_last_token_with_its_usage_and_the_worker_is_cancelled(
         self, mesh: Any, state: Redis

@@ -505,3 +505,33 @@ def test_settled_tokens_never_exceed_the_burst_and_the_rate(valkey: str, orders:
 
     used, seconds, _ = asyncio.run(run())
     assert used <= 1000 * (1 + seconds / 60)
+
+
+def test_names_that_callers_send_are_not_remembered() -> None:
+    book = Book(None, key(tokens_per_minute=1000, model_limits={"large": LimitConfig(requests_per_minute=1)}))
+    for number in range(100):
+        assert len(book.terms(model=f"unheard-of-{number}").limits) == 1
+    assert len(book.terms(model="large").limits) == 2
+    assert len(book._book._known) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"prices": {}}, "prices"),
+        ({"tenants": {"nobody": TenantConfig(requests_per_minute=1)}}, "nobody"),
+        ({"aliases": {"fast": "m"}, "prices": {"fast": PRICE}}, "alias"),
+        ({"lease_seconds": 0.5}, "lease_seconds"),
+    ],
+)
+def test_limits_that_would_never_hold_are_refused(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        RouterConfig(keys=(key(micros_per_day=5),), **{"prices": {"m": PRICE}, **config})
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_limit_below_zero_is_refused_by_its_name(kind: Kind) -> None:
+    with pytest.raises(ValueError, match=kind):
+        key(**{kind: -1})
+    with pytest.raises(ValueError, match=kind):
+        TenantConfig(**{kind: -1})

@@ -25,7 +25,7 @@ class Budget:
         """The worker counted the prompt. Waits where the estimate was too low: the answer must not be granted what the
         prompt has taken."""
         if not self._reservation.endless and usage.prompt > self._reservation.usage.prompt:
-            await self._extend(usage, more=0, least=0)
+            await asyncio.wait({asyncio.create_task(self._extend(usage, more=0, least=0))})
 
     def covers(self, usage: Usage) -> bool:
         """Whether a message after which so much was sent is paid for. Asks for more where it soon will not be."""
@@ -40,10 +40,11 @@ class Budget:
 
     async def secure(self, usage: Usage) -> bool:
         """Wait until that message is paid for; False: it cannot be, for a limit is used up."""
+        # Not awaited itself: a cancel of the stream would go on into the store's client, which may swallow it.
         if self._asking is not None:
-            await self._asking
+            await asyncio.wait({self._asking})
         if not self.covers(usage):
-            await self._ask(usage)
+            await asyncio.wait({self._ask(usage)})
         return usage.completion <= self._reservation.granted
 
     def error(self, usage: Usage) -> MeshError:

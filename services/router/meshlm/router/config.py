@@ -165,12 +165,19 @@ class RouterConfig:
                 raise ValueError(f"two keys have the same {name}")
         if unheld := set(self.tenants) - {key.tenant for key in self.keys}:
             raise ValueError(f"tenants.{min(unheld)}: no key is of this tenant")
+        for name in {*self.prices, *self._limited_models()} & set(self.aliases):
+            raise ValueError(f"{name} is an alias: limits and prices are by a model's own name")
         if not self.prices and any(limits.budgeted for limits in self.all_limits()):
             raise ValueError("a limit on money needs `prices`: without them nothing costs anything")
 
     def all_limits(self) -> Iterator[LimitConfig]:
         """Every holder's limits, over all models and on single ones."""
-        holders: list[KeyConfig | TenantConfig] = [*self.keys, *self.tenants.values()]
-        for holder in holders:
+        for holder in self._holders():
             yield holder
             yield from holder.model_limits.values()
+
+    def _holders(self) -> list[KeyConfig | TenantConfig]:
+        return [*self.keys, *self.tenants.values()]
+
+    def _limited_models(self) -> set[str]:
+        return {model for holder in self._holders() for model in holder.model_limits}

@@ -46,7 +46,7 @@ class Ledger:
         self._clock = clock
         self._emergency = EmergencyLimits(config.emergency_share, clock)
         self._paused_until = 0.0
-        self._answers = True
+        self._answers: bool | None = None  # until it was asked
         self._owed: deque[tuple[Reservation, Usage]] = deque(maxlen=_OWED)
         self._paying: asyncio.Task[None] | None = None
         self._leases: set[Reservation] = set()
@@ -55,12 +55,14 @@ class Ledger:
         self._state = meter().create_gauge(Name.LEDGER_EMERGENCY, "1", "1 while this router limits by itself")
 
     async def stop(self) -> None:
-        """End what runs beside requests."""
+        """End what runs beside requests; what the ledger was not told yet is told now, or never."""
+        self._leases.clear()  # ends the renewal even where a cancel is swallowed, as Python 3.11's wait_for may
         for task in (self._renewing, self._paying):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
+        await self._pay()
 
     async def reserve(self, identifier: str, terms: Terms, prompt: int, at_most: int) -> Reservation:
         """Take one request, a place for its stream, `prompt` tokens and the first slice of at most `at_most` more.
@@ -118,7 +120,8 @@ class Ledger:
                 self._emergency.move(reservation, lines, usage.completion)
                 self._emergency.leave(reservation)
             if answer is None:
-                self._owed.append((reservation, usage))
+                if self._script is not None:
+                    self._owed.append((reservation, usage))
                 return False
             return bool(answer[0] == 1)
 
@@ -168,16 +171,17 @@ class Ledger:
 
     def _pause(self) -> None:
         self._paused_until = self._clock() + _PAUSE
-        if self._answers:
+        if self._answers is not False:
             log.warning("the ledger does not answer: emergency limits are in force", exc_info=True)
+            self._state.set(1)
         self._answers = False
-        self._state.set(1)
 
     def _note_answer(self) -> None:
-        if not self._answers:
+        if self._answers is False:
             log.info("the ledger answers again")
+        if not self._answers:
+            self._state.set(0)
         self._answers = True
-        self._state.set(0)
         if self._owed and (self._paying is None or self._paying.done()):
             self._paying = asyncio.create_task(self._pay())
 
@@ -201,7 +205,8 @@ class Ledger:
         while self._leases:
             await asyncio.sleep(period)
             for reservation in list(self._leases):
-                if self._clock() - reservation.touched >= period and not reservation.lock.locked():
+                idle = self._clock() - reservation.touched >= period
+                if idle and reservation in self._leases and not reservation.lock.locked():
                     await self._touch(reservation)
 
     async def _touch(self, reservation: Reservation) -> None:

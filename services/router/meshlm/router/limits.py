@@ -124,13 +124,13 @@ class LimitBook:
 
     def terms(self, key: KeyConfig, model: str, weight: float = 1.0) -> Terms:
         """The terms of one request of this key for this model (its real name, no alias). `weight`: at least 1."""
-        place = (key.tenant, key.id, model)
+        tenant = self._tenants.get(key.tenant)
+        named = model in key.model_limits or (tenant is not None and model in tenant.model_limits)
+        # A caller may send any name while a worker cannot be heard: only the configuration's are remembered.
+        place = (key.tenant, key.id, model if named else "")
         known = self._known.get(place)
         if known is None or known[0] is not key:
-            # A key may be sent any model's name before it is known whether one is served; none is kept without limits.
-            known = (key, tuple(self._limits(key, model)))
-            if known[1]:
-                self._known[place] = known
+            known = self._known[place] = (key, tuple(self._limits(key, model)))
         return Terms(key.tenant, known[1], self._prices.get(model), max(1.0, weight))
 
     def _limits(self, key: KeyConfig, model: str) -> Iterator[Limit]:
