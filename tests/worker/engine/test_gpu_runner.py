@@ -11,6 +11,7 @@ import torch
 
 from meshlm.worker.engine.engine import Engine
 from meshlm.worker.engine.gpu_graphs import DecodeGraphs, ladder
+from meshlm.worker.engine.gpu_inputs import StepShape, device_inputs
 from meshlm.worker.engine.gpu_memory import MemoryNeeds
 from meshlm.worker.engine.gpu_runner import GpuRunner
 from meshlm.worker.engine.load import RunnerSettings, load_runner
@@ -216,6 +217,15 @@ def test_a_step_is_padded_to_the_next_size_of_the_ladder() -> None:
     for rows in (1, 3, 8, 9, 17, 20):
         graphs.run(graphs.size_for(rows))
     assert ran == [1, 4, 8, 16, 20, 20]
+
+
+def test_every_input_of_a_step_lies_where_16_divides() -> None:
+    shape = StepShape(rows=7, sequences=3, prefills=2, draws=1, most_blocks=5)
+    memory = torch.zeros(shape.nbytes, dtype=torch.uint8)
+    inputs = device_inputs(shape, memory)
+    places = {name: getattr(inputs, name).data_ptr() - memory.data_ptr() for name in shape.fields()}
+    assert all(place % 16 == 0 for place in places.values())
+    assert len(set(places.values())) == len(places)
 
 
 def test_what_is_left_for_the_cache() -> None:

@@ -29,7 +29,7 @@ class StepShape:
     most_blocks: int
 
     def fields(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The fields of a step in the order of memory, by falling size of their elements, the large one last."""
+        """The fields of a step in the order of memory, the large one last."""
         whole, real = torch.int32, torch.float32
         return {
             "uniform": (torch.float64, (self.draws,)),
@@ -49,7 +49,7 @@ class StepShape:
 
     @property
     def nbytes(self) -> int:
-        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.fields().values())
+        return sum(_aligned(dtype.itemsize * math.prod(shape)) for dtype, shape in self.fields().values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +81,18 @@ def device_inputs(shape: StepShape, memory: torch.Tensor) -> DeviceInputs:
     return DeviceInputs(**_views(shape, memory))
 
 
+def _aligned(size: int) -> int:
+    """Rounded up: Triton compiles a kernel anew for a pointer that 16 does not divide, in the middle of serving."""
+    return -(-size // 16) * 16
+
+
 def _views(shape: StepShape, memory: torch.Tensor) -> dict[str, torch.Tensor]:
     views: dict[str, torch.Tensor] = {}
     start = 0
     for name, (dtype, size) in shape.fields().items():
         end = start + dtype.itemsize * math.prod(size)
         views[name] = memory[start:end].view(dtype).view(size)
-        start = end
+        start += _aligned(end - start)
     return views
 
 

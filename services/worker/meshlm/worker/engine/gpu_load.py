@@ -50,6 +50,8 @@ def gpu_runner(settings: RunnerSettings, checkpoint: Checkpoint, progress: LoadP
     known = facts(_blocks(settings, model, facts, kv_format, block_bytes))
     steps = GpuSteps(model, known, kv_format, settings.max_running)
     steps.capture(lambda done, total: progress("capture", done, total))
+    if device.type == "cuda":
+        _compile(steps, known, settings)
     return GpuRunner(steps, known)
 
 
@@ -110,6 +112,17 @@ def _needs(settings: RunnerSettings, model: GpuDecoder, facts: ModelFacts, kv_fo
 def _most_useful(settings: RunnerSettings, context: int) -> int:
     """Blocks for `max_running` texts of the whole context, and as many again for cached prefixes."""
     return 2 * settings.max_running * -(-context // settings.block_size)
+
+
+def _compile(steps: GpuSteps, facts: ModelFacts, settings: RunnerSettings) -> None:
+    """Runs a prompt of each size, by powers of two: products take another kernel as rows get more, and what serving
+    runs is compiled before it serves."""
+    rows = 2
+    while rows <= min(settings.step_tokens, facts.max_context):
+        request = Submit(id=f"of {rows}", prompt=[0] * rows, sampling=Sampling(), limits=Limits(max_tokens=1))
+        blocks = [0] * -(-rows // facts.block_size)
+        steps.mixed([Chunk(Sequence(request, [0] * rows, blocks), 0, rows, True)]).sampled()
+        rows *= 2
 
 
 def _largest_step(steps: GpuSteps, facts: ModelFacts, settings: RunnerSettings) -> None:
