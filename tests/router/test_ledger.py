@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import hashlib
+import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 from redis.crc import key_slot
 
-from meshlm.chassis.config import StateConfig
+from meshlm.chassis.config import Source, StateConfig
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.state import connect
 from meshlm.router.config import KeyConfig, LimitConfig, PriceConfig, RouterConfig, TenantConfig
@@ -535,3 +536,19 @@ def test_a_limit_below_zero_is_refused_by_its_name(kind: Kind) -> None:
         key(**{kind: -1})
     with pytest.raises(ValueError, match=kind):
         TenantConfig(**{kind: -1})
+
+
+def test_the_example_of_the_documentation_can_be_used() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "limits.md").read_text()
+    example = page.split("```toml\n")[1].split("```")[0].replace('"..."', f'"{"0" * 64}"')
+    config = Source({"router": tomllib.loads(example)["router"]}, {}).section("router", RouterConfig)
+    terms = LimitBook(config).terms(config.keys[0], "large")
+    assert {(limit.holder, limit.model, limit.kind): limit.amount for limit in terms.limits} == {
+        ("key", "", Kind.REQUESTS): 600,
+        ("key", "", Kind.TOKENS): 100_000,
+        ("key", "", Kind.STREAMS): 16,
+        ("key", "large", Kind.COMPLETION): 10_000,
+        ("tenant", "", Kind.MONTH): 100_000_000,
+        ("tenant", "large", Kind.DAY): 5_000_000,
+    }
+    assert terms.cost(Usage(prompt=1_000_000, cached=500_000, completion=1_000_000)) == 75_000 + 37_500 + 600_000
