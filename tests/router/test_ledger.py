@@ -290,6 +290,13 @@ class TestWeights:
         await book.ledger.settle(first, Usage(prompt=49, completion=1))
         assert (await book.reserve(0)).left[Kind.TOKENS] == pytest.approx(1000 - 200 - 1, abs=2)
 
+    async def test_each_token_of_the_answer_is_charged_so_many_times_too(self, state: Redis) -> None:
+        book = Book(state, key(completion_tokens_per_minute=1000, micros_per_day=10_000))
+        first = await book.reserve(100, 1000, weight=2.5)
+        assert first.granted == SLICE
+        await book.ledger.extend(first, Usage(prompt=100, completion=256), 512)
+        assert first.granted == pytest.approx(400, abs=1)  # 1000 / 2.5, and a little time
+
     async def test_a_weight_never_makes_a_request_impossible(self, state: Redis) -> None:
         book = Book(state, key(tokens_per_minute=1000, concurrent_streams=2))
         first = await book.reserve(499, 100, weight=8.0)
@@ -385,6 +392,28 @@ class TestWithoutALedger:
         assert first.granted == pytest.approx(1_000, abs=5)
         await book.ledger.stop()
 
+    @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 60), st.floats(0, 20)), min_size=1, max_size=30))
+    @settings(deadline=None)
+    def test_no_more_than_the_share_of_rate_and_burst_passes(self, orders: list[tuple[int, int, float]]) -> None:
+        """A tenth of 1,000 a minute, by a clock of the test's own."""
+
+        async def run() -> tuple[int, float]:
+            now, used = 0.0, 0
+            book = Book(None, key(tokens_per_minute=1000))
+            book.ledger = Ledger(None, book.config, clock=lambda: now)
+            for prompt, answer, seconds in orders:
+                with contextlib.suppress(MeshError):
+                    reservation = await book.reserve(prompt, answer)
+                    await book.ledger.extend(reservation, Usage(prompt), answer + 30)
+                    sent = min(answer + 30, reservation.granted)
+                    await book.ledger.settle(reservation, Usage(prompt, completion=sent))
+                    used += prompt + sent
+                now += seconds
+            return used, now
+
+        used, seconds = asyncio.run(run())
+        assert used <= 100 + 100 * seconds / 60 + 1e-6
+
     async def test_what_was_not_used_is_given_back(self) -> None:
         book = Book(None, key(tokens_per_minute=1000))
         first = await book.reserve(50, 40)
@@ -424,6 +453,21 @@ class TestWithoutALedger:
             await until(told)
             await book.ledger.stop()
             await client.aclose()
+
+
+async def test_a_limit_that_does_not_count_the_answer_is_not_asked_while_it_streams(state: Redis) -> None:
+    book = Book(state, key(requests_per_minute=5, prompt_tokens_per_minute=1000, concurrent_streams=1))
+    reservation = await book.reserve(10, 5000)
+    assert (reservation.mode, reservation.endless) == ("shared", True)
+    record = await state.get(f"meshlm:{{t}}:reservation:{reservation.id}")
+
+    async def renewed() -> bool:  # its place is, all the same
+        return bool(await state.get(f"meshlm:{{t}}:reservation:{reservation.id}") != record)
+
+    await until(renewed)
+    assert await book.ledger.settle(reservation, Usage(20, completion=5000))
+    assert (await book.reserve(10)).left[Kind.PROMPT] == pytest.approx(1000 - 20 - 10, abs=20)
+    await book.ledger.stop()
 
 
 async def test_a_key_without_limits_asks_nobody() -> None:

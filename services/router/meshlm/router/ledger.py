@@ -80,7 +80,8 @@ class Ledger:
         except MeshError as error:
             self._count_refusal(error, terms, "admission")
             raise
-        reservation.granted = wanted
+        if any(line.each for line in reservation.lines(usage)):
+            reservation.granted = wanted
         if any(limit.kind.form == "streams" for limit in terms.limits):
             self._keep(reservation)
         return reservation
@@ -212,7 +213,8 @@ class Ledger:
     async def _touch(self, reservation: Reservation) -> None:
         async with reservation.lock:
             if not reservation.settled:
-                lines, granted = reservation.lines(reservation.usage), reservation.granted
+                lines = reservation.lines(reservation.usage)
+                granted = 0 if reservation.endless else reservation.granted
                 await self._run("extend", reservation, lines, granted, granted)
 
     def _count_refusal(self, error: MeshError, terms: Terms, stage: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.router.limits import Kind, Limit, Line, Terms, Usage
 
-# No limit of the request's counts its answer: it may go as far as it likes.
+# No limit of the request counts its answer: it may go as far as it likes, and nothing is asked on the way.
 ENDLESS = 1 << 62
 
 
