@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import hashlib
-import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,57 +13,15 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 from redis.crc import key_slot
 
-from meshlm.chassis.config import Source, StateConfig
 from meshlm.chassis.errors import MeshError, Reason
-from meshlm.chassis.state import connect
-from meshlm.router.config import KeyConfig, LimitConfig, PriceConfig, RouterConfig, TenantConfig
-from meshlm.router.ledger import SLICE, Ledger
-from meshlm.router.ledger_script import CALENDAR
-from meshlm.router.limits import Kind, LimitBook, Terms, Usage
+from meshlm.router.config import LimitConfig, TenantConfig
+from meshlm.router.ledger import SLICE
+from meshlm.router.limits import Kind, Usage
 from meshlm.router.reservation import Reservation
+from tests.router.book import PRICE, Book, key, until
 from tests.router.conftest import run_valkey
 
-# 1 micro-unit a token.
-PRICE = PriceConfig(prompt=1_000_000, completion=1_000_000)
-DAY = 86_400
-
-
-def key(name: str = "k", tenant: str = "t", **more: Any) -> KeyConfig:
-    return KeyConfig(
-        id=name, secret_hash=hashlib.sha256(f"{name}/{tenant}".encode()).hexdigest(), tenant=tenant, **more
-    )
-
-
 LIMITED = key(requests_per_minute=5, tokens_per_minute=1000)
-
-
-class Book:
-    """A ledger, and the terms of keys."""
-
-    def __init__(self, state: Redis | None, *keys: KeyConfig, **config: Any) -> None:
-        self.config = RouterConfig(keys=keys, **{"prices": {"m": PRICE}, "lease_seconds": 1.0, **config})
-        self.ledger = Ledger(state, self.config)
-        self._book = LimitBook(self.config)
-        self._numbers = iter(range(10**9))
-
-    def terms(self, holder: KeyConfig | None = None, model: str = "m", weight: float = 1.0) -> Terms:
-        return self._book.terms(holder or self.config.keys[0], model, weight)
-
-    async def reserve(self, prompt: int, at_most: int = 1, name: str = "", **more: Any) -> Reservation:
-        name = name or f"r{next(self._numbers)}"
-        return await self.ledger.reserve(name, self.terms(**more), prompt, at_most)
-
-    async def refused(self, prompt: int, at_most: int = 1, **more: Any) -> MeshError:
-        with pytest.raises(MeshError) as caught:
-            await self.reserve(prompt, at_most, **more)
-        return caught.value
-
-
-async def until(condition: Any, bound: float = 20) -> Any:
-    async with asyncio.timeout(bound):
-        while not (result := await condition()):
-            await asyncio.sleep(0.01)
-        return result
 
 
 async def test_a_minutes_worth_may_come_at_once_and_then_no_more(state: Redis) -> None:
@@ -305,156 +259,6 @@ class TestWeights:
         await book.ledger.stop()
 
 
-class TestMoney:
-    async def test_a_day_is_used_up_until_midnight_utc(self, state: Redis) -> None:
-        book = Book(state, key(micros_per_day=1000))
-        await book.reserve(899)
-        error = await book.refused(199)
-        seconds, _ = await state.time()
-        assert error.retry_after == pytest.approx(DAY - seconds % DAY, abs=2)
-        assert await state.get("meshlm:{t}:key:k:micros_per_day") == b"900"
-        assert await state.expiretime("meshlm:{t}:key:k:micros_per_day") == (seconds // DAY + 1) * DAY
-
-    async def test_a_month_is_used_up_until_its_last_day_has_ended(self, state: Redis) -> None:
-        book = Book(state, key(micros_per_month=1000))
-        await book.reserve(899)
-        seconds, _ = await state.time()
-        now = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-        ends = datetime.datetime(now.year + now.month // 12, now.month % 12 + 1, 1, tzinfo=datetime.UTC)
-        assert await state.expiretime("meshlm:{t}:key:k:micros_per_month") == ends.timestamp()
-
-    async def test_what_was_reserved_before_midnight_is_not_given_back_to_the_new_day(self, state: Redis) -> None:
-        book = Book(state, key(micros_per_day=1000))
-        first = await book.reserve(499, name="a")
-        name = "meshlm:{t}:reservation:a"
-        record = (await state.get(name)).decode().split()
-        record[2] = str(int(record[2]) - DAY * 1_000_000)  # as if it had been taken a day ago
-        await state.set(name, " ".join(record))
-        await state.set("meshlm:{t}:key:k:micros_per_day", 300, keepttl=True)  # spent by others since
-        await book.ledger.settle(first, Usage())
-        assert await state.get("meshlm:{t}:key:k:micros_per_day") == b"300"
-
-    @given(st.integers(0, 4_000_000_000))
-    @settings(max_examples=200, deadline=None)
-    def test_the_calendar_is_that_of_datetime(self, valkey: str, seconds: int) -> None:
-        script = CALENDAR + "local a, b = period(KEYS[1], tonumber(ARGV[1])) return {a, b}"
-
-        async def run() -> list[list[int]]:
-            client: Redis = Redis.from_url(valkey)
-            found = [await client.eval(script, 1, form, str(seconds)) for form in ("day", "month")]
-            await client.aclose()
-            return found
-
-        day, month = asyncio.run(run())
-        assert day == [seconds // DAY * DAY, seconds // DAY * DAY + DAY]
-        now = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-        ends = datetime.datetime(now.year + now.month // 12, now.month % 12 + 1, 1, tzinfo=datetime.UTC)
-        assert month == [datetime.datetime(now.year, now.month, 1, tzinfo=datetime.UTC).timestamp(), ends.timestamp()]
-
-    def test_costs_are_whole_and_rounded_up_once(self) -> None:
-        price = PriceConfig(prompt=150_000, cached_prompt=75_000, completion=600_000)
-        terms = Terms("t", (), price)
-        # 3 * 0.15 + 1 * 0.075 + 2 * 0.6 = 1.725 millionths
-        assert terms.cost(Usage(prompt=4, cached=1, completion=2)) == 2
-        assert terms.cost(Usage(prompt=4_000_000, cached=1_000_000, completion=2_000_000)) == 1_725_000
-        assert terms.cost(Usage()) == 0
-        assert Terms("t", ()).cost(Usage(prompt=1)) is None
-
-    async def test_the_ledger_charges_the_very_cost_that_is_told(self, state: Redis) -> None:
-        price = PriceConfig(prompt=150_001, cached_prompt=75_003, completion=600_007)
-        book = Book(state, key(micros_per_day=10**12), prices={"m": price})
-        told = 0
-        for prompt, cached, completion in ((4, 1, 2), (1, 0, 0), (999_983, 17, 31_337), (7, 7, 7)):
-            reservation = await book.reserve(prompt, 100)
-            usage = Usage(prompt, cached, completion)
-            await book.ledger.settle(reservation, usage)
-            told += reservation.terms.cost(usage) or 0
-        assert await state.get("meshlm:{t}:key:k:micros_per_day") == str(told).encode()
-
-
-class TestWithoutALedger:
-    async def test_only_the_emergency_share_passes(self, tmp_path: Path) -> None:
-        holder = key(requests_per_minute=100, tokens_per_minute=1000)  # a tenth of them: 10, and 100
-        book = Book(connect(StateConfig(f"unix://{tmp_path}/none")), holder)
-        assert [(await book.reserve(0)).mode for _ in range(10)] == ["emergency"] * 10
-        assert (await book.refused(0)).retry_after == pytest.approx(6, abs=0.5)  # 10 a minute
-
-    async def test_streams_and_money_have_their_share_too(self) -> None:
-        book = Book(None, key(concurrent_streams=20, micros_per_day=100_000))
-        running = [await book.reserve(0) for _ in range(2)]
-        assert (await book.refused(0)).metadata["limit"] == "concurrent_streams"
-        for reservation in running:
-            await book.ledger.settle(reservation, Usage())
-        first = await book.reserve(9_000, 10_000)
-        short = await book.ledger.extend(first, Usage(9_000, completion=256), 5_000)
-        assert short is not None
-        assert short[0].kind is Kind.DAY
-        assert first.granted == pytest.approx(1_000, abs=5)
-        await book.ledger.stop()
-
-    @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 60), st.floats(0, 20)), min_size=1, max_size=30))
-    @settings(deadline=None)
-    def test_no_more_than_the_share_of_rate_and_burst_passes(self, orders: list[tuple[int, int, float]]) -> None:
-        """A tenth of 1,000 a minute, by a clock of the test's own."""
-
-        async def run() -> tuple[int, float]:
-            now, used = 0.0, 0
-            book = Book(None, key(tokens_per_minute=1000))
-            book.ledger = Ledger(None, book.config, clock=lambda: now)
-            for prompt, answer, seconds in orders:
-                with contextlib.suppress(MeshError):
-                    reservation = await book.reserve(prompt, answer)
-                    await book.ledger.extend(reservation, Usage(prompt), answer + 30)
-                    sent = min(answer + 30, reservation.granted)
-                    await book.ledger.settle(reservation, Usage(prompt, completion=sent))
-                    used += prompt + sent
-                now += seconds
-            return used, now
-
-        used, seconds = asyncio.run(run())
-        assert used <= 100 + 100 * seconds / 60 + 1e-6
-
-    async def test_what_was_not_used_is_given_back(self) -> None:
-        book = Book(None, key(tokens_per_minute=1000))
-        first = await book.reserve(50, 40)
-        await book.refused(50, 40)
-        await book.ledger.settle(first, Usage(prompt=5))
-        await book.reserve(50, 40)
-
-    async def test_it_is_asked_again_and_told_what_was_settled_meanwhile(self, tmp_path: Path) -> None:
-        """Killed with a stream open; a new one comes on the same socket, without any memory."""
-        holder = key(micros_per_day=100_000)
-        with run_valkey(tmp_path) as (url, process):
-            client = connect(StateConfig(url))
-            book = Book(client, holder)
-            before = await book.reserve(100, 1000)
-            assert before.mode == "shared"
-            process.kill()
-            process.wait()
-            await book.ledger.extend(before, Usage(100, completion=200), 512)
-            assert (before.mode, before.granted) == ("emergency", 512)
-            meanwhile = await book.reserve(50, 100)
-            assert not await book.ledger.settle(meanwhile, Usage(50, completion=10))
-        (tmp_path / "s").unlink(missing_ok=True)
-        with run_valkey(tmp_path):
-
-            async def shared() -> bool:
-                return (await book.reserve(0)).mode == "shared"
-
-            await until(shared)
-            assert await book.ledger.extend(before, Usage(100, completion=512), 768) is None
-            assert before.mode == "shared"
-            await book.ledger.settle(before, Usage(100, completion=600))
-
-            async def told() -> bool:
-                spent = int(await client.get("meshlm:{t}:key:k:micros_per_day"))
-                return spent in range(700 + 60, 700 + 60 + 40)  # and a token for each attempt of `shared`
-
-            await until(told)
-            await book.ledger.stop()
-            await client.aclose()
-
-
 async def test_a_limit_that_does_not_count_the_answer_is_not_asked_while_it_streams(state: Redis) -> None:
     book = Book(state, key(requests_per_minute=5, prompt_tokens_per_minute=1000, concurrent_streams=1))
     reservation = await book.reserve(10, 5000)
@@ -550,49 +354,3 @@ def test_settled_tokens_never_exceed_the_burst_and_the_rate(valkey: str, orders:
 
     used, seconds, _ = asyncio.run(run())
     assert used <= 1000 * (1 + seconds / 60)
-
-
-def test_names_that_callers_send_are_not_remembered() -> None:
-    book = Book(None, key(tokens_per_minute=1000, model_limits={"large": LimitConfig(requests_per_minute=1)}))
-    for number in range(100):
-        assert len(book.terms(model=f"unheard-of-{number}").limits) == 1
-    assert len(book.terms(model="large").limits) == 2
-    assert len(book._book._known) == 2
-
-
-@pytest.mark.parametrize(
-    ("config", "named"),
-    [
-        ({"prices": {}}, "prices"),
-        ({"tenants": {"nobody": TenantConfig(requests_per_minute=1)}}, "nobody"),
-        ({"aliases": {"fast": "m"}, "prices": {"fast": PRICE}}, "alias"),
-        ({"lease_seconds": 0.5}, "lease_seconds"),
-    ],
-)
-def test_limits_that_would_never_hold_are_refused(config: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        RouterConfig(keys=(key(micros_per_day=5),), **{"prices": {"m": PRICE}, **config})
-
-
-@pytest.mark.parametrize("kind", list(Kind))
-def test_a_limit_below_zero_is_refused_by_its_name(kind: Kind) -> None:
-    with pytest.raises(ValueError, match=kind):
-        key(**{kind: -1})
-    with pytest.raises(ValueError, match=kind):
-        TenantConfig(**{kind: -1})
-
-
-def test_the_example_of_the_documentation_can_be_used() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "limits.md").read_text()
-    example = page.split("```toml\n")[1].split("```")[0].replace('"..."', f'"{"0" * 64}"')
-    config = Source({"router": tomllib.loads(example)["router"]}, {}).section("router", RouterConfig)
-    terms = LimitBook(config).terms(config.keys[0], "large")
-    assert {(limit.holder, limit.model, limit.kind): limit.amount for limit in terms.limits} == {
-        ("key", "", Kind.REQUESTS): 600,
-        ("key", "", Kind.TOKENS): 100_000,
-        ("key", "", Kind.STREAMS): 16,
-        ("key", "large", Kind.COMPLETION): 10_000,
-        ("tenant", "", Kind.MONTH): 100_000_000,
-        ("tenant", "large", Kind.DAY): 5_000_000,
-    }
-    assert terms.cost(Usage(prompt=1_000_000, cached=500_000, completion=1_000_000)) == 75_000 + 37_500 + 600_000

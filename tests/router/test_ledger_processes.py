@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from meshlm.router.limits import Usage
 from tests.router import spender
-from tests.router.test_ledger import Book, key, until
+from tests.router.book import Book, key, until
 
 ROOT = Path(__file__).resolve().parents[2]
 

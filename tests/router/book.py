@@ -1,0 +1,55 @@
+"""A ledger, and the terms of keys, for the tests of limits."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from meshlm.chassis.errors import MeshError
+from meshlm.router.config import KeyConfig, PriceConfig, RouterConfig
+from meshlm.router.ledger import Ledger
+from meshlm.router.limits import LimitBook, Terms
+from meshlm.router.reservation import Reservation
+
+# 1 micro-unit a token.
+PRICE = PriceConfig(prompt=1_000_000, completion=1_000_000)
+DAY = 86_400
+
+
+def key(name: str = "k", tenant: str = "t", **more: Any) -> KeyConfig:
+    return KeyConfig(
+        id=name, secret_hash=hashlib.sha256(f"{name}/{tenant}".encode()).hexdigest(), tenant=tenant, **more
+    )
+
+
+class Book:
+    """A ledger, and the terms of keys; `m` is a model whose tokens cost one micro-unit each."""
+
+    def __init__(self, state: Redis | None, *keys: KeyConfig, **config: Any) -> None:
+        self.config = RouterConfig(keys=keys, **{"prices": {"m": PRICE}, "lease_seconds": 1.0, **config})
+        self.ledger = Ledger(state, self.config)
+        self._book = LimitBook(self.config)
+        self._numbers = iter(range(10**9))
+
+    def terms(self, holder: KeyConfig | None = None, model: str = "m", weight: float = 1.0) -> Terms:
+        return self._book.terms(holder or self.config.keys[0], model, weight)
+
+    async def reserve(self, prompt: int, at_most: int = 1, name: str = "", **more: Any) -> Reservation:
+        name = name or f"r{next(self._numbers)}"
+        return await self.ledger.reserve(name, self.terms(**more), prompt, at_most)
+
+    async def refused(self, prompt: int, at_most: int = 1, **more: Any) -> MeshError:
+        with pytest.raises(MeshError) as caught:
+            await self.reserve(prompt, at_most, **more)
+        return caught.value
+
+
+async def until(condition: Any, bound: float = 20) -> Any:
+    async with asyncio.timeout(bound):
+        while not (result := await condition()):
+            await asyncio.sleep(0.01)
+        return result
