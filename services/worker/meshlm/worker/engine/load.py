@@ -110,7 +110,7 @@ def _native_runner(
             f"the native engine knows up to {MOST_EXPERTS} experts, and this model has {config.experts}"
         )
     if settings.quantization == "fp8" or settings.kv_dtype == "fp8":
-        raise SettingsError("fp8 is a GPU's: the native engine knows int8 and int4")
+        raise SettingsError("fp8 needs a GPU: the native engine knows int8 and int4")
     plan = plan_for(settings.quantization, settings.model)
     kv_dtype = "bfloat16" if settings.kv_dtype == "auto" else settings.kv_dtype
     shape = CacheShape(config.layers, 0, config.kv_heads, settings.block_size, config.head_dim, kv_dtype)
