@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import structlog
 from redis.asyncio import Redis
@@ -22,12 +21,11 @@ from meshlm.chassis.telemetry import Name, meter
 from meshlm.router.config import RouterConfig
 from meshlm.router.emergency import EmergencyLimits
 from meshlm.router.ledger_script import LEDGER
-from meshlm.router.limits import Limit, Terms, Usage
+from meshlm.router.limits import Limit, Line, Terms, Usage
 from meshlm.router.reservation import Reservation, refusal
 
 log = structlog.get_logger()
 
-_MINUTE_US = 60_000_000
 # A ledger that failed is left alone this long, so that its timeout is not paid by every request, seconds.
 _PAUSE = 1.0
 # Settlements kept for a ledger that does not answer.
@@ -146,7 +144,7 @@ class Ledger:
             reservation.note_left(left)
 
     async def _run(
-        self, operation: str, reservation: Reservation, lines: list[Any], wanted: int, least: int
+        self, operation: str, reservation: Reservation, lines: list[Line], wanted: int, least: int
     ) -> list[int] | None:
         """The script's answer; None where the ledger gives none."""
         reservation.number += 1
@@ -154,16 +152,12 @@ class Ledger:
         if self._script is None or reservation.touched < self._paused_until:
             return None
         keys = [f"meshlm:{{{reservation.terms.tenant}}}:reservation:{reservation.id}"]
-        arguments: list[Any] = [
-            operation, reservation.id, reservation.number, wanted, least, self._expiry_ms, self._lease_ms
-        ]  # fmt: skip
+        words = [f"{operation} {reservation.number} {wanted} {least} {self._expiry_ms} {self._lease_ms}"]
         for limit, line in zip(reservation.terms.limits, lines, strict=True):
-            form = limit.kind.form
-            keys += [limit.state, f"{limit.state}:weights"] if form == "streams" else [limit.state]
-            emission = _MINUTE_US / limit.amount if form == "rate" else 0
-            arguments += [form, limit.amount, emission, line.fixed, line.each]
+            keys += limit.places
+            words.append(f"{limit.rule} {line.fixed!r} {line.each!r}")
         try:
-            answer: list[int] = await self._script(keys=keys, args=arguments)
+            answer: list[int] = await self._script(keys=keys, args=[reservation.id, " ".join(words)])
         except (RedisError, OSError, TimeoutError):
             self._pause()
             return None

@@ -37,9 +37,10 @@ end
 """
 
 # KEYS: the reservation; then one a limit, and for streams a second one (what leases weigh above 1).
-# ARGV: operation (reserve, extend, settle), reservation id, its number, completion tokens wanted, the least of them
-#   that are of use (extend: were sent already), ms the reservation is known without a sign of life, ms of a lease; then
-#   five a limit: form, capacity, emission (us a unit, for a rate), and what it is charged: fixed, and for each token.
+# ARGV: the reservation's id, and all else as words of one text, for a client pays by the argument: operation (reserve,
+#   extend, settle), the operation's number, completion tokens wanted, the least of them that are of use (extend: were
+#   sent already), ms the reservation is known without a sign of life, ms of a lease; then five a limit: form, capacity,
+#   emission (us a unit, for a rate), and what it is charged: fixed, and for each token.
 # Returns {outcome, tokens granted, wait (us), index of the limit that granted least (0: all was granted), left...}.
 #   Outcomes: 1 done; 0 over a limit, nothing was taken; 2 done before; 3 settled before.
 # Times have 16 digits and are written with %.0f, for Lua prints only 14.
@@ -50,8 +51,10 @@ local MINUTE, ROUNDING = 60000000, 1
 local time = redis.call('TIME')
 local seconds = tonumber(time[1])
 local now = seconds * 1000000 + tonumber(time[2])
-local operation, id, number = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local wanted, least, lease = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[7])
+local id, words = ARGV[1], {}
+for word in string.gmatch(ARGV[2], '%S+') do words[#words + 1] = word end
+local operation, number = words[1], tonumber(words[2])
+local wanted, least, lease = tonumber(words[3]), tonumber(words[4]), tonumber(words[6])
 
 local function whole(value) return string.format('%.0f', value) end
 
@@ -109,12 +112,12 @@ local function wait_of(limit, tokens)
 end
 
 local limits, granted, by, wait = {}, wanted, 0, 0
-local argument, key = 8, 2
-for i = 1, (#ARGV - 7) / 5 do
-  local limit = {form = ARGV[argument], capacity = tonumber(ARGV[argument + 1]),
-    emission = tonumber(ARGV[argument + 2]), fixed = tonumber(ARGV[argument + 3]), each = tonumber(ARGV[argument + 4]),
-    key = KEYS[key], held = held[i] or 0, scale = 1}
-  argument, key = argument + 5, key + 1
+local word, key = 7, 2
+for i = 1, (#words - 6) / 5 do
+  local limit = {form = words[word], capacity = tonumber(words[word + 1]), emission = tonumber(words[word + 2]),
+    fixed = tonumber(words[word + 3]), each = tonumber(words[word + 4]), key = KEYS[key], held = held[i] or 0,
+    scale = 1}
+  word, key = word + 5, key + 1
   if limit.form == 'streams' then
     limit.weights, key = KEYS[key], key + 1
   elseif limit.form ~= 'rate' then
@@ -181,7 +184,7 @@ if operation == 'settle' then
   redis.call('SET', KEYS[1], 'settled', 'PX', 60000)
 else
   redis.call('SET', KEYS[1], string.format('%d %.0f %.0f ', number, granted, now) .. table.concat(fields, ' '),
-    'PX', ARGV[6])
+    'PX', words[5])
 end
 return answer
 """

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from meshlm.router.config import KeyConfig, LimitConfig, PriceConfig, RouterConfig
 
 # A price is per million tokens.
 MILLION = 1_000_000
+_MINUTE_US = 60_000_000
 
 
 class Kind(StrEnum):
@@ -52,6 +54,17 @@ class Limit:
     holder_id: str
     model: str  # empty: all models together
     state: str  # where the ledger counts it
+
+    @cached_property
+    def places(self) -> tuple[str, ...]:
+        """The ledger's keys of it."""
+        return (self.state, f"{self.state}:weights") if self.kind is Kind.STREAMS else (self.state,)
+
+    @cached_property
+    def rule(self) -> str:
+        """What the ledger must know of it: its form, its amount, and for a rate the microseconds of a unit."""
+        emission = _MINUTE_US / self.amount if self.kind.form == "rate" else 0
+        return f"{self.kind.form} {self.amount} {emission!r}"
 
     @property
     def metadata(self) -> dict[str, str]:
