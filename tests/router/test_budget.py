@@ -181,7 +181,8 @@ class TestSpent:
         await until_settled(state)
         assert await charged(state) == BUDGET
         (line,) = (line for line in lines if line["event"] == "request")
-        assert (line["outcome"], line["billed_tokens"], line["cost_micros"]) == (Reason.BUDGET_SPENT, BUDGET, BUDGET)
+        assert (line["outcome"], line["limit"]) == (Reason.BUDGET_SPENT, "micros_per_day")
+        assert (line["billed_tokens"], line["cost_micros"]) == (BUDGET, BUDGET)
         assert mesh.cache.calls == ["look_up", "release"]
 
     async def test_a_whole_answer_ends_alike(self, mesh: Any, state: Redis) -> None:

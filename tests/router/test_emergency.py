@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from pathlib import Path
 
 import pytest
@@ -102,4 +103,33 @@ async def test_it_is_asked_again_and_told_what_was_settled_meanwhile(tmp_path: P
 
         await until(told)
         await book.ledger.stop()
+        await client.aclose()
+
+
+async def test_operations_whose_answers_were_lost_are_charged_once_when_the_ledger_wakes(tmp_path: Path) -> None:
+    """Stopped, not dead: what was sent to it is still run, after its sender has given it up."""
+    with run_valkey(tmp_path) as (url, process):
+        client = connect(StateConfig(url, timeout_seconds=0.2))
+        book = Book(client, key(micros_per_day=100_000))
+        known = await book.reserve(100, 1000)
+        process.send_signal(signal.SIGSTOP)
+        lost = await book.reserve(100, 1000)
+        assert lost.mode == "emergency"
+        await book.ledger.extend(lost, Usage(100, completion=256), 512)
+        assert not await book.ledger.settle(known, Usage(100, completion=50))
+        process.send_signal(signal.SIGCONT)
+
+        async def asked() -> bool:
+            await book.ledger.extend(lost, Usage(100, completion=256), 512)
+            return lost.mode == "shared"
+
+        await until(asked)
+        assert await book.ledger.settle(lost, Usage(100, completion=300))
+
+        async def charged() -> bool:
+            return int(await client.get("meshlm:{t}:key:k:micros_per_day")) == 150 + 400
+
+        await until(charged)
+        await book.ledger.stop()
+        assert await charged()
         await client.aclose()

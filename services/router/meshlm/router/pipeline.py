@@ -60,7 +60,7 @@ class Pipeline:
                 await _abandon(screening)
             work.outcome = "complete"
         except MeshError as error:
-            work.outcome = error.reason
+            work.outcome, work.limit = error.reason, error.metadata.get("limit", "")
             raise
         except Exception:
             work.outcome = Reason.INTERNAL
@@ -104,9 +104,6 @@ class Pipeline:
                 # Redis goes on with the script: what it takes must be known, to be given back.
                 with contextlib.suppress(MeshError):
                     work.reservation = await reserving
-                raise
-            except MeshError as error:
-                current.set_attribute(Name.LEDGER_LIMIT, error.metadata["limit"])
                 raise
             current.set_attribute(Name.LEDGER_MODE, work.reservation.mode)
             if not work.reservation.endless:

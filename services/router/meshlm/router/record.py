@@ -79,6 +79,8 @@ class Recorder:
             attributes[Name.TEMPERATURE] = sampling.temperature
         if (cost := work.cost_micros) is not None:
             attributes[Name.COST_MICROS] = cost
+        if work.limit:
+            attributes[Name.LEDGER_LIMIT] = work.limit
         if work.replica is not None:
             attributes[Name.REPLICA] = work.replica.name
         trace.get_current_span().set_attributes(attributes)
@@ -94,6 +96,7 @@ class Recorder:
             replica=work.replica.name if work.replica is not None else "",
             cache=work.lookup.outcome,
             ledger=work.reservation.mode if work.reservation is not None else "",
+            limit=work.limit,
             prompt_tokens=work.usage.prompt_tokens,
             cached_prompt_tokens=work.usage.cached_prompt_tokens,
             completion_tokens=work.usage.completion_tokens,

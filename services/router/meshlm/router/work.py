@@ -38,6 +38,7 @@ class Work:
     weight: float = 1.0  # tokens and concurrent streams are counted so many times, at least 1
     terms: Terms | None = None  # once its model is known
     reservation: Reservation | None = None
+    limit: str = ""  # that refused it, or ended its stream
     choice: Choice | None = None
     replica: Replica | None = None
     lookup: Lookup = field(default_factory=Lookup)
