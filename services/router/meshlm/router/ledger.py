@@ -76,6 +76,8 @@ class Ledger:
             wanted = reservation.first_slice(min(SLICE, at_most))
             await self._reserve(reservation, usage, wanted)
         except MeshError as error:
+            if reservation.doubtful:
+                self._owed.append((reservation, Usage()))
             self._count_refusal(error, terms, "admission")
             raise
         if any(line.each for line in reservation.lines(usage)):
@@ -159,6 +161,7 @@ class Ledger:
         try:
             answer: list[int] = await self._script(keys=keys, args=[reservation.id, " ".join(words)])
         except (RedisError, OSError, TimeoutError):
+            reservation.doubtful = True
             self._pause()
             return None
         self._note_answer()
