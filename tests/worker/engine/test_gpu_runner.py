@@ -153,7 +153,8 @@ def chunks_of(tokens: list[int], cuts: list[int], **request: Any) -> list[Chunk]
     ]
 
 
-def test_scores_and_vectors_are_torchs(ours: GpuRunner, torchs: Any) -> None:
+def test_scores_and_vectors_are_torchs(ours: GpuRunner, torchs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshlm.worker.engine.gpu_runner.SCORED_AT_ONCE", 7)
     tokens = prompt(60, 1)
     parts: dict[str, list[float]] = {}
     for name, runner in (("ours", ours), ("torch", torchs)):
@@ -219,6 +220,26 @@ def test_a_step_is_padded_to_the_next_size_of_the_ladder() -> None:
     assert ran == [1, 4, 8, 16, 20, 20]
 
 
+def test_a_top_k_that_no_int32_holds_keeps_all(ours: GpuRunner) -> None:
+    tokens = prompt(9, 2)
+    sampling = Sampling(temperature=0.7, seed=3, top_k=2**32 - 1)
+    drawn = []
+    for asked in (sampling, Sampling(temperature=0.7, seed=3)):
+        submit = Submit(id="it", prompt=tokens, sampling=asked, limits=Limits(max_tokens=1))
+        drawn += ours.run([Chunk(Sequence(submit, list(tokens), blocks=[0]), 0, len(tokens), True)])
+    assert drawn[0] == drawn[1]
+
+
+def test_every_number_of_rows_up_to_the_most_is_warmed_up_for() -> None:
+    from meshlm.worker.engine.gpu_warm_up import row_counts, spread
+
+    assert row_counts(48) == [2, 4, 8, 16, 32, 48]
+    assert row_counts(200) == [2, 4, 8, 16, 32, 64, 128, 192, 200]
+    assert spread(10, 3, 4) == [4, 4, 2]  # no more than the context takes
+    assert spread(10, 3, 100) == [8, 1, 1]
+    assert spread(48, 4, 5) == [5] * 4
+
+
 def test_every_input_of_a_step_lies_where_16_divides() -> None:
     shape = StepShape(rows=7, sequences=3, prefills=2, draws=1, most_blocks=5)
     memory = torch.zeros(shape.nbytes, dtype=torch.uint8)
@@ -240,6 +261,21 @@ def test_on_a_cpu_triton_runs_only_when_it_is_told_to_interpret(folder: Path, mo
     monkeypatch.setattr(gpu_load, "INTERPRETED", type("Constexpr", (), {"value": False}))
     with pytest.raises(SettingsError, match="TRITON_INTERPRET=1"):
         load_runner(RunnerSettings(model=folder, engine="triton"), lambda stage, done, total: None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("quantization", ["none", "int4"])
+def test_nothing_is_compiled_while_it_serves(folder: Path, quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    runner = runner_for(folder, "triton", dtype="bfloat16", quantization=quantization)
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about["repr"]))
+    answers(runner)
+    for chunk in chunks_of(prompt(60, 1), [25, 26], score_from=10):
+        runner.run([chunk])
+    assert compiled == []
 
 
 @pytest.mark.gpu

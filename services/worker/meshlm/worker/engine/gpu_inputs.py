@@ -13,6 +13,8 @@ from meshlm.worker.engine.flight import Row
 from meshlm.worker.engine.sampler import uniform
 from meshlm.worker.engine.sequence import Chunk
 
+_MOST_TOP_K = 1 << 30  # a request may ask for more than an int32 holds
+
 Array = npt.NDArray[np.generic]
 
 
@@ -169,7 +171,7 @@ class HostInputs:
         samplings = [row.sequence.request.sampling for row in rows]
         for name in ("temperature", "top_p", "min_p"):
             fields[name][:count] = [getattr(sampling, name) for sampling in samplings]
-        fields["top_k"][:count] = [sampling.top_k or 0 for sampling in samplings]
+        fields["top_k"][:count] = [min(sampling.top_k, _MOST_TOP_K) for sampling in samplings]
         fields["uniform"][:count] = [
             uniform(sampling.seed, row.output_index) if sampling.temperature > 0 else 0.0
             for row, sampling in zip(rows, samplings, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import cast
 
@@ -13,10 +14,10 @@ from meshlm.kernels.gpu.kv_cache import FLOATS, KvFormat, bytes_per_token
 from meshlm.worker.engine.gpu_memory import MemoryNeeds, measure_needs
 from meshlm.worker.engine.gpu_runner import GpuRunner
 from meshlm.worker.engine.gpu_steps import GpuSteps
-from meshlm.worker.engine.sequence import Chunk, Sequence
+from meshlm.worker.engine.gpu_warm_up import chunk_of, spread, warm_up, watch_for_compilation
 from meshlm.worker.engine.settings import LoadProgress, RunnerSettings, SettingsError, model_facts, wanted_blocks
 from meshlm.worker.loading.checkpoint import Checkpoint
-from meshlm.worker.messages import Limits, ModelFacts, Sampling, Submit
+from meshlm.worker.messages import ModelFacts
 from meshlm.worker.models.gpu_decoder import GpuDecoder, GpuWeights
 from meshlm.worker.models.registry import load_decoder
 from meshlm.worker.quantization.on_gpu import MatricesOnGpu
@@ -51,7 +52,8 @@ def gpu_runner(settings: RunnerSettings, checkpoint: Checkpoint, progress: LoadP
     steps = GpuSteps(model, known, kv_format, settings.max_running)
     steps.capture(lambda done, total: progress("capture", done, total))
     if device.type == "cuda":
-        _compile(steps, known, settings)
+        warm_up(steps, known, settings.step_tokens)
+        watch_for_compilation()
     return GpuRunner(steps, known)
 
 
@@ -85,9 +87,9 @@ def _blocks(
     context = model.config.max_context
     if model.device.type == "cpu" or settings.kv_blocks is not None or settings.kv_memory is not None:
         return wanted_blocks(settings, context, block_bytes)
-    needs = _needs(
-        settings, model, facts(settings.max_running + settings.step_tokens // settings.block_size + 1), kv_format
-    )
+    needs = _needs(settings, model, facts(1), kv_format)
+    gc.collect()  # steps and their graphs know each other, and capturing does not collect
+    torch.cuda.empty_cache()
     blocks = max(0, needs.left(settings.gpu_fraction)) // block_bytes
     log.info("device memory", **{name: getattr(needs, name) for name in needs.__slots__}, kv_blocks=blocks)
     if blocks < 1:
@@ -99,13 +101,12 @@ def _blocks(
 
 
 def _needs(settings: RunnerSettings, model: GpuDecoder, facts: ModelFacts, kv_format: KvFormat) -> MemoryNeeds:
-    """Measured with a cache of a few blocks, which is gone afterwards."""
+    """Measured with a cache of one block, which is gone afterwards."""
     steps = GpuSteps(model, facts, kv_format, settings.max_running)
     needs = measure_needs(
         lambda: _largest_step(steps, facts, settings), lambda: steps.capture(lambda done, total: None), model.device
     )
     steps.release()
-    torch.cuda.empty_cache()
     return needs
 
 
@@ -114,26 +115,7 @@ def _most_useful(settings: RunnerSettings, context: int) -> int:
     return 2 * settings.max_running * -(-context // settings.block_size)
 
 
-def _compile(steps: GpuSteps, facts: ModelFacts, settings: RunnerSettings) -> None:
-    """Runs a prompt of each size, by powers of two: products take another kernel as rows get more, and what serving
-    runs is compiled before it serves."""
-    rows = 2
-    while rows <= min(settings.step_tokens, facts.max_context):
-        request = Submit(id=f"of {rows}", prompt=[0] * rows, sampling=Sampling(), limits=Limits(max_tokens=1))
-        blocks = [0] * -(-rows // facts.block_size)
-        steps.mixed([Chunk(Sequence(request, [0] * rows, blocks), 0, rows, True)]).sampled()
-        rows *= 2
-
-
 def _largest_step(steps: GpuSteps, facts: ModelFacts, settings: RunnerSettings) -> None:
-    """The most rows in the most sequences, a token drawn behind each."""
-    size, count = facts.block_size, settings.max_running
-    longest = min(settings.step_tokens - count + 1, facts.max_context)
-    chunks = []
-    for number in range(count):
-        rows = longest if number == 0 else 1
-        request = Submit(id=f"largest {number}", prompt=[0] * rows, sampling=Sampling(), limits=Limits(max_tokens=1))
-        first = 0 if number == 0 else -(-longest // size) + number - 1
-        blocks = list(range(first, first + -(-rows // size)))
-        chunks.append(Chunk(Sequence(request, [0] * rows, blocks), 0, rows, True))
-    steps.mixed(chunks).sampled()
+    """The most rows in the most sequences, a token drawn behind each; all in one block of the cache."""
+    counts = spread(settings.step_tokens, settings.max_running, facts.max_context)
+    steps.mixed([chunk_of(facts, 0, count) for count in counts]).sampled()

@@ -29,7 +29,7 @@ class MemoryNeeds:
 def measure_needs(largest_step: Callable[[], None], capture: Callable[[], None], device: torch.device) -> MemoryNeeds:
     """Runs the largest step and captures the graphs, on a device that holds the weights and a cache just large enough.
 
-    The small cache counts as taken: it is a few blocks, on the safe side.
+    The small cache counts as taken: on the safe side.
     """
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -30,6 +30,8 @@ from meshlm.worker.messages import ModelFacts
 if TYPE_CHECKING:  # it needs Triton; this file does not
     from meshlm.worker.engine.gpu_steps import GpuSteps
 
+SCORED_AT_ONCE = 64  # tokens of a text: each takes several floats for every token of the vocabulary
+
 
 class GpuRunner:
     """The `Runner` of the engine on a GPU. Not thread-safe: one engine calls it."""
@@ -73,10 +75,11 @@ class GpuRunner:
             flight = self._launch(chunks)
             self._ahead = self._launch_next(flight)
             return self._outcomes(chunks, flight)
-        if not rest:
+        behind = self._launch(rest) if rest else None  # before the wait: its launches take longer than a decode step
+        if behind is None:
             self._ahead = self._launch_next(ahead)
         drawn = ahead.sampled()
-        others = iter(self._outcomes(rest, self._launch(rest)) if rest else ())
+        others = iter(() if behind is None else self._outcomes(rest, behind))
         return [drawn[found[number]] if number in found else next(others) for number in range(len(chunks))]
 
     def _launch(self, chunks: list[Chunk]) -> Flight:
@@ -119,11 +122,15 @@ class GpuRunner:
         request, model = chunk.sequence.request, self._steps.model
         if request.score_from is not None:
             first, end = scored_positions(chunk)
-            logits = model.logits(residual[first - 1 - chunk.start : end - 1 - chunk.start])
-            logprobs = torch.log_softmax(logits, -1)
-            targets = torch.tensor(chunk.sequence.tokens[first:end], device=logits.device).unsqueeze(1)
-            entropies = torch.special.entr(logprobs.exp()).sum(-1)
-            return ChunkScores(logprobs.gather(1, targets).squeeze(1).tolist(), entropies.tolist())
+            scores = ChunkScores([], [])
+            for start in range(first, end, SCORED_AT_ONCE):
+                tokens = chunk.sequence.tokens[start : min(start + SCORED_AT_ONCE, end)]
+                begin = start - 1 - chunk.start
+                logprobs = torch.log_softmax(model.logits(residual[begin : begin + len(tokens)]), -1)
+                targets = torch.tensor(tokens, device=logprobs.device).unsqueeze(1)
+                scores.logprobs.extend(logprobs.gather(1, targets).squeeze(1).tolist())
+                scores.entropies.extend(torch.special.entr(logprobs.exp()).sum(-1).tolist())
+            return scores
         if request.pool is not None:
             hidden = model.normed(residual).double()
             return ChunkPool((hidden.sum(0) if request.pool == "mean" else hidden[-1]).tolist())

@@ -13,6 +13,11 @@ from meshlm.worker.engine.gpu_inputs import DeviceInputs
 from meshlm.worker.engine.sequence import Sequence
 from meshlm.worker.messages import TokenLogprob
 
+# What lists of tokens are padded to: a kernel is compiled for each width of bias, and anew for numbers that 16 does not
+# divide. A request may have 1,024 biased tokens, and its stop tokens.
+BIAS_WIDTHS = (16, 64, 256, 1024, 2048)
+_PAIRS = 16
+
 
 class GpuSampler:
     """Draws the next token of each row. Keeps what penalized sequences have said in `counts`, until `forget`."""
@@ -43,10 +48,13 @@ class GpuSampler:
         tokens: torch.Tensor,
         logprobs: torch.Tensor,
     ) -> dict[int, tuple[TokenLogprob, ...]]:
-        """Draws all rows again where one is careful. Returns the likeliest tokens of those that ask for some."""
+        """Draws all rows again where one is careful. Returns the likeliest tokens of those that ask for some.
+
+        Counts and biases are given whether a row needs them or not: else there were more kernels to compile.
+        """
         if not any(self.is_careful(row.sequence, row.output_index) for row in rows):
             return {}
-        plain, penalized = _plain(inputs, len(rows)), any(_penalized(row.sequence) for row in rows)
+        plain = _plain(inputs, len(rows))
         samplings = [row.sequence.request.sampling for row in rows]
         ids, values = self._bias(rows)
         sample(
@@ -64,7 +72,7 @@ class GpuSampler:
                 bias_ids=ids,
                 bias_values=values,
             ),
-            counts=self._counts if penalized else None,
+            counts=self._counts,
             out=(tokens, logprobs),
         )
         return _tops(logits, [sampling.logprobs or 0 for sampling in samplings])
@@ -96,12 +104,12 @@ class GpuSampler:
             slots[number] = slot
         for said, in_prompt in ((prompt, True), (output, False)):
             if said:
-                pairs = self._integers(said)
+                pairs = self._integers(said + [(-1, -1)] * (-len(said) % _PAIRS))  # no slot of that number: passed over
                 count_tokens(self._counts, pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), prompt=in_prompt)
         return self._integers(slots)
 
-    def _bias(self, rows: list[Row]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Bias, and what a minimum length forbids: (rows, n) ids, -1 where there are fewer, and values."""
+    def _bias(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bias, and what a minimum length forbids: (rows, width) ids, -1 where there are fewer, and values."""
         biases: list[dict[int, float]] = []
         for row in rows:
             request = row.sequence.request
@@ -109,9 +117,8 @@ class GpuSampler:
             if _too_short(row.sequence, row.output_index):
                 bias |= dict.fromkeys(request.limits.stop_token_ids, float("-inf"))
             biases.append(bias)
-        width = max(map(len, biases))
-        if width == 0:
-            return None, None
+        most = max(map(len, biases))
+        width = next((width for width in BIAS_WIDTHS if width >= most), most)
         ids = [[*bias, *[-1] * (width - len(bias))] for bias in biases]
         values = [[*bias.values(), *[0.0] * (width - len(bias))] for bias in biases]
         return self._integers(ids), torch.tensor(values, dtype=torch.float32, device=self._device)

@@ -38,7 +38,8 @@ class GpuSteps:
         shapes = {size: StepShape(size, size, 0, size, width) for size in self._graphs.sizes}
         self._memory = torch.zeros(shapes[max_running].nbytes, dtype=torch.uint8, device=device)
         self._inputs = {size: device_inputs(shape, self._memory) for size, shape in shapes.items()}
-        self._logits: dict[int, torch.Tensor] = {}
+        # Of all sizes: what a graph puts out would stay taken in its pool, for each size anew.
+        self._logits = torch.zeros(max_running, facts.vocab_size, dtype=torch.float32, device=device)
         # Two of each: the one of the step before may still be on its way.
         self._hosts = {size: cycle([HostInputs(shape, device) for _ in range(2)]) for size, shape in shapes.items()}
         self._replies = cycle([Reply(max_running, device) for _ in range(2)])
@@ -51,7 +52,6 @@ class GpuSteps:
         """Gives up cache and graphs: their memory is free once this object is."""
         self._graphs.release()
         self._cache.clear()
-        self._logits.clear()
 
     @torch.inference_mode()
     def decode(self, rows: list[Row]) -> Flight:
@@ -63,7 +63,7 @@ class GpuSteps:
         host.fill_rows(rows, self._size)
         host.copy_to(self._memory)
         self._graphs.run(size)
-        return self._flight(rows, self._logits[size][:count], self._inputs[size])
+        return self._flight(rows, self._logits[:count], self._inputs[size])
 
     @torch.inference_mode()
     def mixed(self, chunks: list[Chunk]) -> Flight:
@@ -101,9 +101,9 @@ class GpuSteps:
         inputs = self._inputs[size]
         drawn = self._drawn.index_select(0, inputs.source.clamp(min=0))
         tokens = torch.where(inputs.source < 0, inputs.tokens, drawn)
-        logits = self.model.logits(self.model.residual(_batch(inputs, tokens, size, 0), self._cache))
+        residual = self.model.residual(_batch(inputs, tokens, size, 0), self._cache)
+        logits = self.model.logits(residual, out=self._logits[:size])
         self.sampler.draw(logits, inputs, self._drawn[:size], self._logprobs[:size])
-        self._logits[size] = logits
 
     def _flight(self, rows: list[Row], logits: torch.Tensor, inputs: DeviceInputs) -> Flight:
         drawn, logprobs = self._drawn[: len(rows)], self._logprobs[: len(rows)]

@@ -144,9 +144,10 @@ class GpuDecoder:
         """The final hidden states, which the head reads: (rows, width)."""
         return rms_norm(residual, self._decoder.norm, self.config.norm_eps)
 
-    def logits(self, residual: torch.Tensor) -> torch.Tensor:
-        """residual: (rows, width), not yet normalized. Returns (rows, vocab_size) float32."""
-        return _project(self.normed(residual), Projection(self._decoder.head)).float()
+    def logits(self, residual: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """residual: (rows, width), not yet normalized. Returns `out`, or a new tensor: (rows, vocab_size) float32."""
+        logits = _project(self.normed(residual), Projection(self._decoder.head))
+        return logits.float() if out is None else out.copy_(logits)
 
     def _normed(self, residual: torch.Tensor, out: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         if out is None:
