@@ -263,6 +263,19 @@ def test_on_a_cpu_triton_runs_only_when_it_is_told_to_interpret(folder: Path, mo
         load_runner(RunnerSettings(model=folder, engine="triton"), lambda stage, done, total: None)
 
 
+@pytest.mark.parametrize(("asked", "index"), [("cuda", 2), ("cuda:1", 1)])
+def test_a_gpu_is_known_by_its_number_whether_the_config_says_it_or_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, asked: str, index: int
+) -> None:
+    import meshlm.worker.engine.gpu_load as gpu_load
+
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    assert gpu_load._device(RunnerSettings(model=folder, device=asked)) == torch.device("cuda", index)
+    assert chosen == [index]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("quantization", ["none", "int4"])

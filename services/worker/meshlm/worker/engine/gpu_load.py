@@ -62,8 +62,9 @@ def _device(settings: RunnerSettings) -> torch.device:
     device = torch.device(settings.device)
     if device.type != "cuda":
         return device
-    torch.cuda.set_device(device)
-    return torch.device("cuda", torch.cuda.current_device())
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _check(settings: RunnerSettings, device: torch.device) -> None:
