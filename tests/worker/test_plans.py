@@ -61,6 +61,11 @@ async def test_set_fields_reach_the_engine_even_where_they_are_zero() -> None:
     assert (plan.stops, plan.limits.min_tokens) == (("x",), 2)
 
 
+async def test_a_top_k_beyond_an_engines_integers_keeps_all_tokens() -> None:
+    plan = await plan_of(top_k=2**32 - 1)
+    assert 10**9 < plan.sampling.top_k < 2**31
+
+
 async def test_requests_without_a_seed_do_not_repeat_each_other() -> None:
     assert (await plan_of()).sampling.seed != (await plan_of()).sampling.seed
 

@@ -28,6 +28,7 @@ PRIORITIES = {
 _DRAWING = frozenset(
     {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 )
+_MOST_TOP_K = (1 << 31) - 1  # engines count in 32 bits with a sign; no vocabulary comes near it
 _SEEDS = 1 << 64
 MAX_TENANT_BYTES = 128
 
@@ -170,6 +171,8 @@ def _room(prompt: list[int], facts: ModelFacts, kv: KvBudget | None) -> int:
 
 def _sampling(sampling: pb.Sampling) -> Sampling:
     given = {field.name: value for field, value in sampling.ListFields() if field.name in _DRAWING}
+    if "top_k" in given:
+        given["top_k"] = min(given["top_k"], _MOST_TOP_K)
     return Sampling(
         **given,
         seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(64),
