@@ -16,23 +16,39 @@ DEFAULT_POLICY = "default"
 class PolicyConfig:
     """What is looked for, and what follows (`guard.policies.<name>`)."""
 
-    # Detectors that read the input.
-    input_detectors: tuple[Literal["signatures"], ...] = ("signatures",)
-    # Detectors that read the output.
-    output_detectors: tuple[Literal["secrets", "pii"], ...] = ("secrets", "pii")
+    # Detectors that read the input: rules (`signatures`), and the model's heads (`attack`, `harm`; `guard.model`).
+    input_detectors: tuple[Literal["signatures", "attack", "harm"], ...] = ("signatures", "attack", "harm")
+    # Detectors that read the output: rules (`secrets`, `pii`), and the model's `harm`.
+    output_detectors: tuple[Literal["secrets", "pii", "harm"], ...] = ("secrets", "pii", "harm")
     # Roles whose messages are the caller's own words, and are not judged. All others are.
     trusted_roles: tuple[str, ...] = ("system", "developer", "assistant")
     # Combined score of the input from which it is flagged. Range (0, 1].
     flag_score: float = 0.4
     # Combined score of the input from which it is refused. Range (0, 1].
     block_score: float = 0.8
+    # The model's score of an attack from which an input is flagged. Range (0, 1].
+    attack_flag_score: float = 0.7
+    # The model's score of an attack from which an input is refused. Range (0, 1].
+    attack_block_score: float = 0.9
+    # The model's score of harmful content from which an input is flagged. Range (0, 1].
+    harm_flag_score: float = 0.7
+    # The model's score of harmful content from which an input is refused. Range (0, 1].
+    harm_block_score: float = 0.9
+    # The model's score of harmful content from which an answer is flagged. Range (0, 1].
+    answer_flag_score: float = 0.9
+    # The model's score of harmful content from which an answer is stopped. Range (0, 1].
+    answer_block_score: float = 0.97
+    # When text goes out that the model has yet to judge: `strict`: once it has, a few words later; `fast`: at once, and
+    # an answer may be stopped some words late. Secrets and PII are held back either way.
+    answer_release: Literal["strict", "fast"] = "strict"
     # What follows from a category (`pii.us_ssn`) or a family of them (`pii`), where it differs from the built-in
     # choice. `allow` turns it off. On input it is the most that may follow, whatever the score.
     actions: Mapping[str, Act] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 < self.flag_score <= self.block_score <= 1:
-            raise ValueError("expected 0 < flag_score <= block_score <= 1")
+        for prefix in ("", "attack_", "harm_", "answer_"):
+            if not 0 < getattr(self, f"{prefix}flag_score") <= getattr(self, f"{prefix}block_score") <= 1:
+                raise ValueError(f"expected 0 < {prefix}flag_score <= {prefix}block_score <= 1")
 
     def action(self, category: str, default: Act) -> Act:
         """What follows from a category: its own entry, else its family's, else `default`."""
@@ -46,6 +62,10 @@ class GuardConfig:
 
     # Where the service listens.
     server: ServerConfig = field(default_factory=lambda: ServerConfig(listen="127.0.0.1:50071"))
+    # What judges beside the rules. `embedded`: the small model that the guard ships; `rules`: nothing.
+    model: Literal["embedded", "rules"] = "embedded"
+    # File of the embedded model, as `python -m meshlm.guard.train` writes it. Unset: the one that the guard ships.
+    model_file: str | None = None
     # Policies by name. `default` is used where a request names none; it exists even if it is not written.
     policies: Mapping[str, PolicyConfig] = field(default_factory=dict)
     # Longest input, characters over all messages.

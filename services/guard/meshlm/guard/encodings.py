@@ -22,6 +22,10 @@ class Unwrapped:
     start: int
     end: int
 
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        """Range of the original that a range of the payload came from: its carrier, whatever the range."""
+        return self.start, self.end
+
 
 def unwrap(text: str) -> Iterator[Unwrapped]:
     """All readable payloads, in no particular order; each is about as long as its carrier at most."""

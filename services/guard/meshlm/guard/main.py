@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from meshlm.chassis import server
-from meshlm.chassis.config import ServerConfig, Source, masked
+from meshlm.chassis.config import ConfigError, ServerConfig, Source, masked
+from meshlm.guard.artefact import ArtefactError
 from meshlm.guard.config import GuardConfig
 from meshlm.guard.service import GuardService
 
@@ -14,7 +15,11 @@ from meshlm.guard.service import GuardService
 def build(source: Source) -> tuple[GuardService, ServerConfig, Callable[[], dict[str, Any]]]:
     """Raises ConfigError."""
     config = source.section("guard", GuardConfig)
-    return GuardService(config), config.server, lambda: {"guard": masked(config)}
+    try:
+        service = GuardService(config)
+    except ArtefactError as error:
+        raise ConfigError(f"guard.model_file: {error}") from None
+    return service, config.server, lambda: {"guard": masked(config)}
 
 
 if __name__ == "__main__":

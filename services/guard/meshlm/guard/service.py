@@ -14,6 +14,7 @@ from meshlm.chassis.errors import invalid
 from meshlm.chassis.life import Life
 from meshlm.chassis.telemetry import Name
 from meshlm.guard.config import GuardConfig
+from meshlm.guard.embedded import EmbeddedModel
 from meshlm.guard.policy import Policies, Policy, act_name
 from meshlm.guard.stream import OutputCheck
 from meshlm.v1 import generation_pb2, guard_pb2, guard_pb2_grpc
@@ -23,14 +24,16 @@ _JOINT = "\n"
 
 
 class GuardService(guard_pb2_grpc.GuardServiceServicer):
-    """GuardService by rules."""
+    """GuardService by rules, and by the embedded model."""
 
     name = "guard"
     background_methods: frozenset[str] = frozenset()
 
     def __init__(self, config: GuardConfig) -> None:
+        """Raises ArtefactError."""
         self._config = config
-        self._policies = Policies(config.policies)
+        model = EmbeddedModel.load(config.model_file) if config.model == "embedded" else None
+        self._policies = Policies(config.policies, model)
         meter = telemetry.meter()
         self._verdicts = meter.create_counter(Name.GUARD_VERDICTS, "1", "Verdicts by direction and action")
         self._findings = meter.create_counter(Name.GUARD_FINDINGS, "1", "Categories in verdicts")

@@ -34,6 +34,7 @@ COMMANDS = (
     Command("trace", "one request as a waterfall, or the recent ones", "trace"),
     Command("config", "the configuration in force, and where it came from", "show"),
     Command("key", "make keys for callers", "keys"),
+    Command("guard", "judge a text as the guard does, and say why", "guard_check"),
     Command("model", "fetch the model that demo and tests run on", "model"),
     Command("quantize", "measure how small a model's weights may be, and how good it is then", "quantize"),
     Command("demo", "see it all in a minute, on a mesh of its own", "demo"),

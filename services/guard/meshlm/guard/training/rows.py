@@ -1,0 +1,53 @@
+"""From examples to what a head learns: readings as the guard makes them, windows as it cuts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from meshlm.guard.encodings import unwrap
+from meshlm.guard.normalize import readings
+from meshlm.guard.training.examples import Example
+from meshlm.guard.windows import WINDOW, spans
+
+# Windows of a long harmless text that are learned from: all are harmless, and a few tell enough.
+_MOST_WINDOWS = 4
+# One attack in so many is also put into a harmless document.
+_HIDDEN_ONE_IN = 3
+_LONGEST_HIDDEN = 400  # characters
+
+
+def texts(example: Example, positive: bool) -> Iterator[str]:
+    """The rows of an example: what a harmless text looks like in any reading; what a harmful one says in the clear."""
+    for reading in _clear(example.text) if positive else _all(example.text):
+        cut = [reading[start:end] for start, end in spans(len(reading))]
+        # Of a long jailbreak, the frame is at its ends.
+        yield from (dict.fromkeys((cut[0], cut[-1])) if positive else cut[:: max(1, len(cut) // _MOST_WINDOWS)])
+
+
+def with_hidden(examples: Sequence[Example]) -> Iterator[Example]:
+    """The examples, and attacks inside harmless documents: what indirect injection looks like."""
+    documents = [e.text for e in examples if e.source in ("boolq", "quac", "xsum", "fiqa") and len(e.text) > 300]
+    short = [e for e in examples if e.attack and len(e.text) <= _LONGEST_HIDDEN and e.source != "neuralchemy"]
+    yield from examples
+    for index, attack in enumerate(short[::_HIDDEN_ONE_IN] if documents else ()):
+        document = documents[index % len(documents)][: WINDOW - len(attack.text) - 50]
+        # After the first, second or third sentence; where there are none, at the end.
+        sentences = document.split(". ")
+        at = 1 + index % 3
+        text = ". ".join([*sentences[:at], attack.text, *sentences[at:]])
+        yield replace(attack, text=text, source=f"{attack.source}-hidden", kind="indirect")
+
+
+def _all(text: str) -> Iterable[str]:
+    return dict.fromkeys(reading.text for reading in readings(text) if reading.form != "spaced")
+
+
+def _clear(text: str) -> list[str]:
+    """The reading that undoes most, of what is wrapped in the text where something is."""
+    payloads = [carrier.text for carrier in unwrap(text)]
+    inner = max(payloads, key=len, default=text)
+    found: dict[str, str] = {}
+    for reading in readings(inner):
+        found.setdefault(reading.form, reading.text)  # a one reads as i before it reads as l
+    return [found.get("leet", found.get("lookalike", found["plain"]))]
