@@ -11,18 +11,17 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshlm.guard import artefact
 from meshlm.guard.encodings import unwrap
+from meshlm.guard.judging import Head
 from meshlm.guard.ngrams import Grams, grams
 from meshlm.guard.normalize import readings
 from meshlm.guard.windows import spans
 
-Head = Literal["attack", "harm"]
 _HEADS: tuple[Head, ...] = ("attack", "harm")
 # Log-odds from which a category is named; the likeliest is, whatever its own.
 _NAMED = 0.0
