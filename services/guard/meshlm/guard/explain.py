@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meshlm.guard import injection
-from meshlm.guard.embedded import EmbeddedModel, Head, Scored
+from meshlm.guard.embedded import EmbeddedModel, Scored
 from meshlm.guard.findings import Finding
+from meshlm.guard.judging import Head
 from meshlm.guard.policy import Policy
 from meshlm.v1 import generation_pb2
 

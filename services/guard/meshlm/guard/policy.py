@@ -11,8 +11,9 @@ from functools import partial
 from meshlm.chassis.errors import invalid
 from meshlm.guard import injection, pii, secrets
 from meshlm.guard.config import DEFAULT_POLICY, Act, PolicyConfig
-from meshlm.guard.embedded import EmbeddedModel, Head, Scored
+from meshlm.guard.embedded import EmbeddedModel, Scored
 from meshlm.guard.findings import Finding
+from meshlm.guard.judging import Head
 from meshlm.guard.patterns import Pattern, PatternSet
 from meshlm.guard.stream import ContentWatch, OutputCheck, by_category
 from meshlm.v1 import generation_pb2

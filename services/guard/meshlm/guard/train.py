@@ -15,7 +15,8 @@ from typing import Any
 
 from meshlm.guard import artefact, ngrams
 from meshlm.guard.artefact import Artefact
-from meshlm.guard.embedded import EmbeddedModel, Head
+from meshlm.guard.embedded import EmbeddedModel
+from meshlm.guard.judging import Head
 from meshlm.guard.ngrams import Layout
 from meshlm.guard.training import heads
 from meshlm.guard.training.duplicates import Sieve, without_duplicates

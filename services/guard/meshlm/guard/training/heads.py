@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshlm.guard.artefact import Artefact
-from meshlm.guard.embedded import EmbeddedModel, Head
+from meshlm.guard.embedded import EmbeddedModel
+from meshlm.guard.judging import Head
 from meshlm.guard.ngrams import Layout
 from meshlm.guard.training import measures, rows
 from meshlm.guard.training.examples import CATEGORIES, Example
