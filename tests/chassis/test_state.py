@@ -18,3 +18,8 @@ async def test_a_server_that_is_not_there_fails_at_once_and_is_not_tried_again(t
         await client.get("x")
     assert time.monotonic() - begun < 5
     await client.aclose()
+
+
+def test_a_cluster_on_a_unix_socket_is_refused_for_its_nodes_could_not_name_each_other() -> None:
+    with pytest.raises(ValueError, match="cluster"):
+        StateConfig(redis_url="unix:///run/valkey", cluster=True)

@@ -233,8 +233,14 @@ class StateConfig:
 
     # redis://host:port/db, rediss://..., or unix://PATH. The launcher starts a private server where this is empty.
     redis_url: str = ""
+    # Whether it is a cluster; `redis_url` names any of its nodes, then.
+    cluster: bool = False
     # Seconds a command may take before its caller goes on without.
     timeout_seconds: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.cluster and not self.redis_url.startswith(("redis://", "rediss://")):
+            raise ValueError("cluster needs redis_url to be redis://... or rediss://...")
 
 
 def masked(value: Any, name: str = "") -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -15,10 +15,12 @@ def connect(config: StateConfig) -> Redis:
     """A client that opens connections as it needs them.
 
     Every command is bounded by `timeout_seconds` and none is retried, for that would eat the caller's time: callers
-    go on without.
+    go on without. Of use are commands and scripts over keys of one hash tag, which a cluster's client runs as well.
     """
     limits: dict[str, Any] = {"socket_timeout": config.timeout_seconds, "retry": Retry(NoBackoff(), 0)}
     if not config.redis_url.startswith("unix:"):  # a unix socket connects at once or not at all, and takes no limit
         limits["socket_connect_timeout"] = config.timeout_seconds
+    if config.cluster:
+        return cast(Redis, RedisCluster.from_url(config.redis_url, **limits))
     client: Redis = Redis.from_url(config.redis_url, **limits)
     return client

