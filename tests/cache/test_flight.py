@@ -86,6 +86,20 @@ async def test_a_leader_that_dies_is_followed_when_its_lease_ends(valkey: Any) -
     await rig.close()
 
 
+async def test_an_answer_that_took_longer_than_its_lease_is_kept_where_nobody_took_over(valkey: Any) -> None:
+    rig = Rig(valkey.url, lease=0.05)
+    await rig.redis.flushall()
+    leader = await rig.flights.look_up(KEY, wait=0)
+    async with asyncio.timeout(5):
+        while await rig.redis.exists(KEY.flight_name):
+            await asyncio.sleep(0.01)
+    assert await rig.flights.land(KEY, leader.flight, ANSWER)
+    assert (await rig.flights.look_up(KEY, wait=0)).answer == ANSWER
+    late = cache_pb2.CachedAnswer(stored_at=2.0)
+    assert not await rig.flights.land(KEY, leader.flight, late)  # what is there is as new, or newer
+    await rig.close()
+
+
 async def test_a_wait_ends_in_time(rig: Rig) -> None:
     await rig.flights.look_up(KEY, wait=0)
     assert (await rig.flights.look_up(KEY, wait=0)).outcome is Outcome.TIMEOUT

@@ -216,7 +216,7 @@ class StoreResponse(google.protobuf.message.Message):
 
     STORED_FIELD_NUMBER: builtins.int
     stored: builtins.bool
-    """False where the flight had expired or the answer is too large."""
+    """False where another took the flight over when its lease ended, or the answer is too large."""
     def __init__(
         self,
         *,

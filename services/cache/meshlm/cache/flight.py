@@ -72,7 +72,7 @@ class Flights:
             pause = min(pause * 1.5, _LONGEST_PAUSE)
 
     async def land(self, key: Key, flight: str, answer: cache_pb2.CachedAnswer) -> bool:
-        """Store the flight's answer; False if the flight had expired."""
+        """Store the flight's answer; False if another took the flight over when its lease ended."""
         kept = await self._store.store(key, flight, answer, self._ttl)
         self._wake(key)
         return kept

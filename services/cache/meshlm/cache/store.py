@@ -34,9 +34,11 @@ if redis.call("SET", KEYS[2], ARGV[1], "NX", "PX", ARGV[2]) then return {"lead"}
 return {"wait"}
 """
 
-# Keep the answer and end the flight, if it is still the caller's. ARGV: flight id, TTL in ms, answer.
+# Keep the answer and end the flight, if it is the caller's; or if it has expired and nobody took over since,
+# for an answer may take longer than a lease. ARGV: flight id, TTL in ms, answer.
 _STORE = """
-if redis.call("GET", KEYS[2]) ~= ARGV[1] then return 0 end
+local holder = redis.call("GET", KEYS[2])
+if holder ~= ARGV[1] and (holder or redis.call("EXISTS", KEYS[1]) == 1) then return 0 end
 redis.call("SET", KEYS[1], ARGV[3], "PX", ARGV[2])
 redis.call("DEL", KEYS[2])
 return 1
@@ -99,7 +101,7 @@ class Store:
                 await self._redis.delete(key.answer_name)
 
     async def store(self, key: Key, flight: str, answer: cache_pb2.CachedAnswer, ttl: float) -> bool:
-        """Keep the answer for `ttl` seconds and end the flight; False if the flight is not (any more) the caller's."""
+        """Keep the answer for `ttl` seconds and end the flight; False if another has taken it over."""
         async with self._asking():
             kept = await self._store([key.answer_name, key.flight_name], [flight, _milliseconds(ttl), _pack(answer)])
         return bool(kept)
