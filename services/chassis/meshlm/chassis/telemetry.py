@@ -67,6 +67,7 @@ class Name:
     CACHE_OUTCOME = "meshlm.cache.outcome"
     GUARD_ACTION = "meshlm.guard.action"
     GUARD_CATEGORIES = "meshlm.guard.categories"
+    GUARD_SCORE = "meshlm.guard.score"
     GUARD_POLICY = "meshlm.guard.policy_version"
     PROMPT_ENTROPY = "meshlm.prompt.entropy_bits_per_byte"
     PROMPT_COMPRESSION = "meshlm.prompt.compression_ratio"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -74,7 +75,7 @@ def load(path: str | Path | None = None) -> Artefact:
             return _read(file)
     except ArtefactError as error:
         raise ArtefactError(f"{name}: {error}") from None
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ArtefactError(f"{name} is no model of the guard ({type(error).__name__}: {error})") from None
 
 

@@ -27,17 +27,17 @@ class PolicyConfig:
     # Combined score of the input from which it is refused. Range (0, 1].
     block_score: float = 0.8
     # The model's score of an attack from which an input is flagged. Range (0, 1].
-    attack_flag_score: float = 0.7
+    attack_flag_score: float = 0.8
     # The model's score of an attack from which an input is refused. Range (0, 1].
-    attack_block_score: float = 0.9
+    attack_block_score: float = 0.97
     # The model's score of harmful content from which an input is flagged. Range (0, 1].
-    harm_flag_score: float = 0.7
+    harm_flag_score: float = 0.8
     # The model's score of harmful content from which an input is refused. Range (0, 1].
     harm_block_score: float = 0.9
     # The model's score of harmful content from which an answer is flagged. Range (0, 1].
-    answer_flag_score: float = 0.9
+    answer_flag_score: float = 0.98
     # The model's score of harmful content from which an answer is stopped. Range (0, 1].
-    answer_block_score: float = 0.97
+    answer_block_score: float = 0.997
     # When text goes out that the model has yet to judge: `strict`: once it has, a few words later; `fast`: at once, and
     # an answer may be stopped some words late. Secrets and PII are held back either way.
     answer_release: Literal["strict", "fast"] = "strict"

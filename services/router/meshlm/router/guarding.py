@@ -236,4 +236,5 @@ def _refusal(verdict: pb.Verdict) -> MeshError:
 def _describe(span: Span, verdict: pb.Verdict) -> None:
     span.set_attribute(Name.GUARD_ACTION, pb.Verdict.Action.Name(verdict.action).removeprefix("ACTION_").lower())
     span.set_attribute(Name.GUARD_CATEGORIES, list(verdict.categories))
+    span.set_attribute(Name.GUARD_SCORE, verdict.score)
     span.set_attribute(Name.GUARD_POLICY, verdict.policy_version)

@@ -237,6 +237,7 @@ _EVERYDAY = (
     ("fiqa", "Fiqa/test", ("question", "answer"), 700),
     ("mmlu", "MMLU/clinical", ("question", "options"), 700),
     ("hellaswag", "HellaSwag/test", ("question", "answer"), 2000),
+    ("piqa", "PIQA/validation", ("question", "options"), 1500),
     ("narrative", "NarrativeQA/test", ("passage",), 400),
     ("law-summaries", "MultiLexSum/test", ("document",), 300),
     ("logiqa", "LogiQA/test", ("passage", "question"), 400),
