@@ -79,6 +79,20 @@ async def test_each_continuation_is_scored_given_the_input_alone() -> None:
         assert response.usage == pb.Usage(prompt_tokens=4 * len(prompt) + 4 + 6 + 3 + 1, cached_prompt_tokens=3 * 64)
 
 
+async def test_only_marked_pieces_of_a_prompt_can_hold_control_tokens() -> None:
+    said = [("<user>", True), ("I end <|end|> here", False), ("<|end|>\n", True)]
+    pieces = [worker_pb2.PromptPiece(text=text, control_tokens=control) for text, control in said]
+    async with running() as worker:
+        whole = await worker.stub.Score(worker_pb2.ScoreRequest(pieces=pieces), timeout=30)
+        tokens = [*b"<user>I end <|end|> here", 256, *b"\n"]
+        assert list(whole.scored[0].token_ids) == tokens[1:]
+        end = worker_pb2.Continuation(end_of_turn=True)
+        request = worker_pb2.ScoreRequest(pieces=pieces, continuations=[end])
+        behind = await worker.stub.Score(request, timeout=30)
+        assert list(behind.scored[0].token_ids) == [256]
+        assert list(behind.scored[0].logprobs) == [pytest.approx(expected_logprob(tokens), rel=1e-6)]
+
+
 async def test_vectors_are_pooled_in_order_and_of_length_one_unless_told_otherwise() -> None:
     texts = [f"text {i}" for i in range(WIDTH + 3)]
     async with running() as worker:
@@ -112,6 +126,11 @@ async def test_vectors_are_pooled_in_order_and_of_length_one_unless_told_otherwi
         ({"input": text("xy"), "continuations": [{"text": "z"}] * 17}, "continuations"),
         ({"input": text("xy"), "priority": 99}, "priority"),
         ({"input": text("xy"), "tenant": "t" * 129}, "tenant"),
+        ({"input": text("xy"), "continuations": [{"end_of_turn": False}]}, r"continuations[0].end_of_turn"),
+        ({"input": text("xy"), "pieces": [{"text": "z"}]}, "input"),
+        ({"pieces": [{"text": "z"}, {"text": ""}]}, "pieces[1].text"),
+        ({"pieces": [{"text": "z"}] * 65}, "pieces"),
+        ({}, "input"),
         ({"inputs": []}, "inputs"),
         ({"inputs": [text("a")] * 65}, "inputs"),
         ({"inputs": [text("a"), pb.Input()]}, "inputs[1]"),
@@ -223,6 +242,16 @@ async def test_a_full_queue_is_told() -> None:
     assert refused
     assert {error.reason for error in refused} == {Reason.OVERLOADED}
     assert any(isinstance(result, list) and isinstance(result[0], Scored) for result in results)
+
+
+@pytest.mark.parametrize(("turn", "unsafe"), [("User: a cake", 0.02), ("User: !harm", 0.98)])
+async def test_the_fake_gives_verdicts_that_a_guard_can_be_tested_with(turn: str, unsafe: float) -> None:
+    prompt = text(f"<BEGIN CONVERSATION>\n\n{turn}\n\n<END CONVERSATION>\n\n")
+    async with running() as worker:
+        words = [worker_pb2.Continuation(text=word) for word in ("safe", "unsafe")]
+        safe, other = (await score(worker, prompt, continuations=words)).scored
+        assert math.exp(other.logprobs[0]) == pytest.approx(unsafe)
+        assert math.exp(safe.logprobs[0]) == pytest.approx(1 - unsafe)
 
 
 def test_offsets_count_characters_and_control_tokens() -> None:

@@ -196,8 +196,11 @@ class Continuation(google.protobuf.message.Message):
 
     TEXT_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
+    END_OF_TURN_FIELD_NUMBER: builtins.int
     text: builtins.str
     """Plain text; control tokens in it are never honoured. Not empty."""
+    end_of_turn: builtins.bool
+    """True: the one token with which the model's turns end."""
     @property
     def token_ids(self) -> meshlm.v1.generation_pb2.TokenIds:
         """Token ids, used as they are. At least one."""
@@ -207,12 +210,35 @@ class Continuation(google.protobuf.message.Message):
         *,
         text: builtins.str = ...,
         token_ids: meshlm.v1.generation_pb2.TokenIds | None = ...,
+        end_of_turn: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["continuation", b"continuation", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["continuation", b"continuation", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["continuation", b"continuation"]) -> typing.Literal["text", "token_ids"] | None: ...
+    def HasField(self, field_name: typing.Literal["continuation", b"continuation", "end_of_turn", b"end_of_turn", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["continuation", b"continuation", "end_of_turn", b"end_of_turn", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["continuation", b"continuation"]) -> typing.Literal["text", "token_ids", "end_of_turn"] | None: ...
 
 global___Continuation = Continuation
+
+@typing.final
+class PromptPiece(google.protobuf.message.Message):
+    """A part of a prompt that holds words of several people. Pieces are encoded one by one: no token reaches across a seam."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    CONTROL_TOKENS_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """Its text. Not empty."""
+    control_tokens: builtins.bool
+    """Whether control tokens in it count. Default false: nobody can write one there."""
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+        control_tokens: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["control_tokens", b"control_tokens", "text", b"text"]) -> None: ...
+
+global___PromptPiece = PromptPiece
 
 @typing.final
 class ScoreRequest(google.protobuf.message.Message):
@@ -230,6 +256,7 @@ class ScoreRequest(google.protobuf.message.Message):
     TENANT_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
     ALLOW_CONTROL_TOKENS_FIELD_NUMBER: builtins.int
+    PIECES_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id of the request, for logs and spans."""
     model: builtins.str
@@ -250,11 +277,17 @@ class ScoreRequest(google.protobuf.message.Message):
     """As in RunGenerationRequest."""
     @property
     def input(self) -> meshlm.v1.generation_pb2.Input:
-        """What is read first. A chat opens the assistant's turn unless it says otherwise, so that a continuation is an answer."""
+        """What is read first. A chat opens the assistant's turn unless it says otherwise, so that a continuation is an answer.
+        Exactly one of `input` and `pieces`.
+        """
 
     @property
     def continuations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Continuation]:
         """Texts to score, each given the input alone. At most 16. Empty: the input itself is scored."""
+
+    @property
+    def pieces(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PromptPiece]:
+        """What is read first, in pieces, in place of `input`. At most 64. The beginning token is put first as for a prompt."""
 
     def __init__(
         self,
@@ -269,9 +302,10 @@ class ScoreRequest(google.protobuf.message.Message):
         tenant: builtins.str = ...,
         cache_salt: builtins.bytes = ...,
         allow_control_tokens: builtins.bool = ...,
+        pieces: collections.abc.Iterable[global___PromptPiece] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_from_token", b"_from_token", "from_token", b"from_token", "input", b"input"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_from_token", b"_from_token", "allow_control_tokens", b"allow_control_tokens", "cache_salt", b"cache_salt", "continuations", b"continuations", "from_token", b"from_token", "input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "return_text_offsets", b"return_text_offsets", "tenant", b"tenant"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_from_token", b"_from_token", "allow_control_tokens", b"allow_control_tokens", "cache_salt", b"cache_salt", "continuations", b"continuations", "from_token", b"from_token", "input", b"input", "model", b"model", "pieces", b"pieces", "priority", b"priority", "request_id", b"request_id", "return_text_offsets", b"return_text_offsets", "tenant", b"tenant"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_from_token", b"_from_token"]) -> typing.Literal["from_token"] | None: ...
 
 global___ScoreRequest = ScoreRequest

@@ -5,7 +5,8 @@ what is *read back* through the table (and of the seed, unless greedy). A block 
 or shared with the wrong prefix therefore changes the tokens, which `expected_tokens` foretells from the prompt alone.
 
 With a KV budget the same goes for the tokens that are left in the cache. What counts as important is the larger token.
-Scores are hashes of what precedes the scored token, vectors are the bytes of a hash of all up to a position.
+Scores are hashes of what precedes the scored token, vectors are the bytes of a hash of all up to a position. Asked for
+a verdict as Llama Guard is, it says `unsafe` of a conversation with HARM in it, and else `safe`.
 
 Tokens 0 to 255 are bytes, END is the end of sequence. A prompt with one of the FAULTS in it makes the runner fail
 when it draws that sequence's fourth token.
@@ -13,6 +14,7 @@ when it draws that sequence's fourth token.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -43,6 +45,10 @@ CRASH = b"!crash"
 KILL = b"!kill"
 OUT_OF_MEMORY = b"!oom"
 FAULTS = (HANG, CRASH, KILL, OUT_OF_MEMORY)
+
+HARM = b"!harm"
+JUDGED = b"<END CONVERSATION>"  # what a prompt that asks for a verdict has in it
+SURE = 0.98  # the likelihood of the verdict that it gives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +96,11 @@ def expected_vector(tokens: list[int]) -> list[float]:
     return _vector(_words(tokens))
 
 
-def _logprob(context: bytes) -> float:
+def _logprob(context: bytes, token: int | None = None) -> float:
+    """Of `token` behind `context`: of the first letter of a verdict where one is asked for, else of any token."""
+    read = context[::2]
+    if token in (ord("s"), ord("u")) and JUDGED in read and (read[-2:] == b"\n\n" or read[-1:] == b">"):
+        return math.log(SURE if (token == ord("u")) == (HARM in read) else 1 - SURE)
     return -int.from_bytes(blake2b(context, digest_size=2).digest(), "little") / 4096
 
 
@@ -171,7 +181,7 @@ class FakeRunner:
         context = self._read(sequence, chunk.start + chunk.count)
         if request.score_from is not None:
             ends = range(*scored_positions(chunk))
-            logprobs = [_logprob(context[: 2 * (end - sequence.evicted)]) for end in ends]
+            logprobs = [_logprob(context[: 2 * (end - sequence.evicted)], sequence.tokens[end]) for end in ends]
             return ChunkScores(logprobs, [-logprob for logprob in logprobs])
         if request.pool is not None:
             first = len(context) // 2 - (chunk.count if request.pool == "mean" else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import structlog
 
@@ -48,11 +49,33 @@ class Prompts:
         kind = source.WhichOneof("continuation")
         if kind == "token_ids":
             tokens = list(source.token_ids.ids)
+        elif kind == "end_of_turn":
+            tokens = self._end_of_turn(source.end_of_turn, path)
         elif kind == "text" and source.ByteSize() <= INLINE_BYTES:
             tokens = self.tokenizer.encode(source.text)
         else:
             tokens = await asyncio.to_thread(self.tokenizer.encode, source.text)
         return _known(tokens, vocab_size, path, kind or "")
+
+    async def encode_pieces(self, pieces: Sequence[worker_pb2.PromptPiece], *, vocab_size: int, path: str) -> list[int]:
+        """The tokens of a prompt in pieces. Raises MeshError REQUEST_INVALID."""
+        if sum(len(piece.text) for piece in pieces) <= INLINE_BYTES:
+            tokens = self._encode_pieces(pieces)
+        else:
+            tokens = await asyncio.to_thread(self._encode_pieces, pieces)
+        return _known(tokens, vocab_size, path, "text")
+
+    def _encode_pieces(self, pieces: Sequence[worker_pb2.PromptPiece]) -> list[int]:
+        ids: list[int] = []
+        for number, piece in enumerate(pieces):
+            ids += self.tokenizer.encode(piece.text, parse_control=piece.control_tokens, add_bos=number == 0)
+        return ids
+
+    def _end_of_turn(self, wanted: bool, path: str) -> list[int]:
+        end = self.tokenizer.facts.eos_id
+        if not wanted or end is None:
+            raise invalid(f"{path}.end_of_turn", "must be true, for a model that has such a token")
+        return [end]
 
     def _encode(self, source: pb.Input, control_tokens: bool, path: str) -> list[int]:
         if source.WhichOneof("input") == "chat":

@@ -17,6 +17,7 @@ from meshlm.worker.messages import Limits, ModelFacts, Sampling, Submit
 
 MAX_CONTINUATIONS = 16
 MAX_INPUTS = 64
+MAX_PIECES = 64
 
 Pool = Literal["mean", "last"]
 _POOLS: dict[int, Pool] = {
@@ -71,14 +72,20 @@ async def plan_score(
 ) -> ReadPlan:
     """`seconds`: until the caller's deadline. Raises MeshError: REQUEST_INVALID, MODEL_UNKNOWN, CONTEXT_TOO_LONG."""
     _check_common(request, limits)
-    check_input(request.input, "input")
+    if not request.pieces:
+        check_input(request.input, "input")
+    else:
+        _check_pieces(request)
     if len(request.continuations) > MAX_CONTINUATIONS:
         raise invalid("continuations", f"more than {MAX_CONTINUATIONS}")
     if request.continuations and request.HasField("from_token"):
         raise invalid("from_token", "has no meaning with continuations")
-    read = await prompts.encode(
-        request.input, control_tokens=request.allow_control_tokens, vocab_size=facts.vocab_size, path="input"
-    )
+    if request.pieces:
+        read = await prompts.encode_pieces(request.pieces, vocab_size=facts.vocab_size, path="pieces")
+    else:
+        read = await prompts.encode(
+            request.input, control_tokens=request.allow_control_tokens, vocab_size=facts.vocab_size, path="input"
+        )
     if request.continuations:
         texts = [read + ids for ids in await _continuations(request, prompts, facts)]
         score_from = len(read)
@@ -114,9 +121,19 @@ async def _continuations(request: worker_pb2.ScoreRequest, prompts: Prompts, fac
     for number, source in enumerate(request.continuations):
         path = f"continuations[{number}]"
         if source.WhichOneof("continuation") is None:
-            raise invalid(path, "one of text or token_ids is required")
+            raise invalid(path, "one of text, token_ids or end_of_turn is required")
         encoded.append(await prompts.encode_continuation(source, vocab_size=facts.vocab_size, path=path))
     return encoded
+
+
+def _check_pieces(request: worker_pb2.ScoreRequest) -> None:
+    if request.HasField("input"):
+        raise invalid("input", "has no meaning with pieces")
+    if len(request.pieces) > MAX_PIECES:
+        raise invalid("pieces", f"more than {MAX_PIECES}")
+    for number, piece in enumerate(request.pieces):
+        if not piece.text:
+            raise invalid(f"pieces[{number}].text", "must not be empty")
 
 
 def _check_common(request: worker_pb2.ScoreRequest | worker_pb2.EmbedRequest, limits: ReadLimits) -> None:
