@@ -6,6 +6,7 @@ import re
 from itertools import pairwise
 
 import pytest
+from asking import feed
 from guard_samples import NUMBERS, SECRETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +36,7 @@ TEXTS = st.lists(_FRAGMENTS, max_size=6).map("".join)
 
 def whole(policy: Policy, text: str) -> OutputCheck:
     check = policy.output_check()
-    check.feed(text, last=True)
+    feed(check, text, last=True)
     return check
 
 
@@ -54,11 +55,11 @@ def test_verdict_and_release_do_not_depend_on_how_the_text_was_cut(policy: Polic
     expected = whole(policy, text)
     check, by_character = policy.output_check(), policy.output_check()
     for piece in pieces:
-        check.feed(piece)
-    check.feed("", last=True)
+        feed(check, piece)
+    feed(check, "", last=True)
     for character in text:
-        by_character.feed(character)
-    by_character.feed("", last=True)
+        feed(by_character, character)
+    feed(by_character, "", last=True)
     for other in (check, by_character):
         assert other.blocked == expected.blocked
         assert other.flagged == expected.flagged
@@ -72,7 +73,7 @@ def test_nothing_of_a_blocked_match_is_ever_released(cut: tuple[str, list[str]])
     blocked = whole(POLICY, text).blocked
     check, before = POLICY.output_check(), 0
     for piece in pieces:
-        check.feed(piece)
+        feed(check, piece)
         assert before <= check.released <= check.length
         if blocked is not None:
             assert check.released <= blocked.start
@@ -102,7 +103,7 @@ def test_an_answer_is_blocked_exactly_if_a_pattern_is_in_it(text: str) -> None:
 def test_a_secret_given_character_by_character_stops_before_its_first(sample: str) -> None:
     check = POLICY.output_check()
     for character in f"Here you are: {sample} and":
-        check.feed(character)
+        feed(check, character)
     assert check.blocked is not None
     assert check.released == len("Here you are: ")
     assert POLICY.judge_output(check).action == BLOCK
@@ -114,7 +115,7 @@ def test_what_was_held_for_another_match_stays_held_when_one_inside_it_is_decide
     text = "see eyJ" + "a" * 10 + "-" + SECRETS["secret.aws_access_key"] + " and so on"
     check = POLICY.output_check()
     for at in range(0, len(text), size):
-        check.feed(text[at : at + size])
+        feed(check, text[at : at + size])
     assert check.blocked is not None
     assert check.blocked.category == "secret.aws_access_key"
     assert check.released == len("see ")
@@ -141,25 +142,25 @@ def test_prose_is_released_at_once() -> None:
         "knows",
         ".",
     ]:
-        check.feed(" " + word)
+        feed(check, " " + word)
         assert check.released == check.length
 
 
 def test_a_number_at_the_very_end_is_judged_by_the_end() -> None:
     check = POLICY.output_check()
-    check.feed("My card is 4111111111111111")
+    feed(check, "My card is 4111111111111111")
     assert check.blocked is None
     assert check.released == len("My card is ")
-    check.feed("", last=True)
+    feed(check, "", last=True)
     assert check.blocked is not None
     assert check.released == len("My card is ")
 
 
 def test_addresses_are_told_and_do_not_hold() -> None:
     check = POLICY.output_check()
-    check.feed("Write to a.person@example.org")
+    feed(check, "Write to a.person@example.org")
     assert check.released == check.length
-    check.feed(" or call +49 30 901820 now.", last=True)
+    feed(check, " or call +49 30 901820 now.", last=True)
     verdict = POLICY.judge_output(check)
     assert verdict.action == FLAG
     assert list(verdict.categories) == ["pii.email", "pii.phone"]
@@ -170,6 +171,6 @@ def test_addresses_are_told_and_do_not_hold() -> None:
 def test_only_the_tail_is_kept_of_a_long_answer() -> None:
     check = POLICY.output_check()
     for _ in range(2_000):
-        check.feed("an ordinary word and then ")
+        feed(check, "an ordinary word and then ")
     assert check.released == check.length == 52_000
-    assert len(check._blocking._tail) <= MAX_LENGTH + 1
+    assert len(check._blocking[0]._tail) <= MAX_LENGTH + 1

@@ -89,6 +89,8 @@ class Name:
     GUARD_VERDICTS = "meshlm.guard.verdicts"
     GUARD_FINDINGS = "meshlm.guard.findings"
     GUARD_DURATION = "meshlm.guard.duration"
+    GUARD_JUDGE_FAILURES = "meshlm.guard.judge_failures"
+    GUARD_FAILURE = "meshlm.guard.failure"
     CACHE_LOOKUPS = "meshlm.cache.lookups"
     CACHE_STORES = "meshlm.cache.stores"
     CACHE_DURATION = "meshlm.cache.duration"

@@ -36,11 +36,19 @@ class PolicyConfig:
     harm_block_score: float = 0.9
     # The model's score of harmful content from which an answer is flagged. Range (0, 1].
     answer_flag_score: float = 0.98
-    # The model's score of harmful content from which an answer is stopped. Range (0, 1].
+    # The model's score of harmful content from which an answer is stopped if its next window, or its end, is scored so
+    # too. Range (0, 1].
+    answer_confirm_score: float = 0.99
+    # The model's score of harmful content from which an answer is stopped at once. Range (0, 1].
     answer_block_score: float = 0.997
-    # When text goes out that the model has yet to judge: `strict`: once it has, a few words later; `fast`: at once, and
+    # Tokens of an answer after which the model judges it, and then again; the last repeats. A token counts as 4 bytes.
+    answer_windows: tuple[int, ...] = (16, 32, 64)
+    # When text goes out that the model has yet to judge: `strict`: once it has, a window later; `fast`: at once, and
     # an answer may be stopped some words late. Secrets and PII are held back either way.
     answer_release: Literal["strict", "fast"] = "strict"
+    # What happens when the model cannot judge: `refuse`, or `allow` what the rules allow. That the guard itself cannot
+    # be reached is for the router's keys to say (router.keys.guard_failure).
+    failure: Literal["refuse", "allow"] = "refuse"
     # What follows from a category (`pii.us_ssn`) or a family of them (`pii`), where it differs from the built-in
     # choice. `allow` turns it off. On input it is the most that may follow, whatever the score.
     actions: Mapping[str, Act] = field(default_factory=dict)
@@ -49,6 +57,10 @@ class PolicyConfig:
         for prefix in ("", "attack_", "harm_", "answer_"):
             if not 0 < getattr(self, f"{prefix}flag_score") <= getattr(self, f"{prefix}block_score") <= 1:
                 raise ValueError(f"expected 0 < {prefix}flag_score <= {prefix}block_score <= 1")
+        if not self.answer_flag_score <= self.answer_confirm_score <= self.answer_block_score:
+            raise ValueError("expected answer_flag_score <= answer_confirm_score <= answer_block_score")
+        if not self.answer_windows or min(self.answer_windows) < 1:
+            raise ValueError("answer_windows: expected at least one number, each above 0")
 
     def action(self, category: str, default: Act) -> Act:
         """What follows from a category: its own entry, else its family's, else `default`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from meshlm.guard import injection
 from meshlm.guard.embedded import EmbeddedModel, Scored
 from meshlm.guard.findings import Finding
-from meshlm.guard.judging import Head
+from meshlm.guard.judging import Head, Turn
 from meshlm.guard.policy import Policy
 from meshlm.v1 import generation_pb2
 
@@ -25,10 +25,10 @@ class Explanation:
     categories: tuple[str, ...]
 
 
-def explain(policy: Policy, model: EmbeddedModel | None, text: str, most: int = 8) -> Explanation:
+async def explain(policy: Policy, model: EmbeddedModel | None, text: str, most: int = 8) -> Explanation:
     """The policy's verdict on a text, and what it came from. `most`: n-grams for each head."""
     findings = sorted(injection.detect(text), key=lambda finding: -finding.score)
     judged = model.judge(text) if model is not None else {}
     scores = {head: (found, model.explain(found.text, head, most)) for head, found in judged.items()} if model else {}
     categories = model.categories(judged["harm"].text) if model is not None else ()
-    return Explanation(policy.judge_input([(0, text)]), findings, scores, categories)
+    return Explanation(await policy.judge_input([Turn("user", text)]), findings, scores, categories)

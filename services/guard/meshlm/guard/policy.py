@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 
-from meshlm.chassis.errors import invalid
+import structlog
+
+from meshlm.chassis import telemetry
+from meshlm.chassis.errors import MeshError, Reason, invalid
+from meshlm.chassis.telemetry import Name
 from meshlm.guard import injection, pii, secrets
 from meshlm.guard.config import DEFAULT_POLICY, Act, PolicyConfig
-from meshlm.guard.embedded import EmbeddedModel, Scored
 from meshlm.guard.findings import Finding
-from meshlm.guard.judging import Head
+from meshlm.guard.judging import Head, Judge, JudgeError, Opinion, Turn
+from meshlm.guard.lookback import View
 from meshlm.guard.patterns import Pattern, PatternSet
-from meshlm.guard.stream import ContentWatch, OutputCheck, by_category
+from meshlm.guard.stream import ContentWatch, OutputCheck, PatternWatch, Weighed, by_category
 from meshlm.v1 import generation_pb2
+
+log = structlog.get_logger()
 
 # Raised when the meaning of scores or the order of decisions changes; detectors have versions of their own.
 _VERSION = "rules-1"
@@ -24,8 +30,6 @@ _VERSION = "rules-1"
 ALLOW = generation_pb2.Verdict.ACTION_ALLOW
 FLAG = generation_pb2.Verdict.ACTION_FLAG
 BLOCK = generation_pb2.Verdict.ACTION_BLOCK
-# What the model calls an attack; harm goes by Llama Guard's codes.
-ATTACK = "injection.model"
 _SEVERITY = (ALLOW, FLAG, BLOCK)
 _HEADS: tuple[Head, ...] = ("attack", "harm")
 _OUTPUT: Mapping[str, tuple[str, tuple[Pattern, ...]]] = {
@@ -37,116 +41,156 @@ _OUTPUT: Mapping[str, tuple[str, tuple[Pattern, ...]]] = {
 class Policy:
     """One policy, its patterns compiled."""
 
-    def __init__(self, config: PolicyConfig, model: EmbeddedModel | None = None) -> None:
-        """Without a model, its detectors do not run."""
-        self._config = config
-        self._model = model
-        self._heads = tuple(h for h in _HEADS if model is not None and h in config.input_detectors)
+    def __init__(self, config: PolicyConfig, judge: Judge | None = None, *, inline_chars: int = 4_096) -> None:
+        """Without a judge, the detectors that are models do not run. `inline_chars`: see `GuardConfig`."""
+        self.config = config
+        self._judge = judge
+        self._inline_chars = inline_chars
+        self._heads = tuple(h for h in _HEADS if judge is not None and h in config.input_detectors)
         self._rules = "signatures" in config.input_detectors
         self._input_detectors = [injection.VERSION] if self._rules else []
         self._output_detectors = [_OUTPUT[name][0] for name in config.output_detectors if name in _OUTPUT]
-        if model is not None:
-            self._input_detectors += [f"{model.version}/{head}" for head in self._heads]
-            self._output_detectors += [f"{model.version}/harm"] if "harm" in config.output_detectors else []
         known = [pattern for name in config.output_detectors if name in _OUTPUT for pattern in _OUTPUT[name][1]]
         acts = {act: [p for p in known if config.action(p.category, p.act) == act] for act in ("block", "flag")}
         self._blocking = PatternSet(acts["block"])
         self._flagging = by_category(acts["flag"])
-        content = [dataclasses.asdict(config), self._input_detectors, self._output_detectors]
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        self.version = f"{_VERSION if model is None else f'{_VERSION}+{model.version}'}-{digest[:8]}"
+        self.version = self._version()
+        self._failures = telemetry.meter().create_counter(
+            Name.GUARD_JUDGE_FAILURES, "1", "Times a model could not judge, by direction and what followed"
+        )
 
-    def trusts(self, role: str) -> bool:
-        """Whether messages of this role are the caller's own words."""
-        return role in self._config.trusted_roles
+    async def judge_input(
+        self, turns: Sequence[Turn], *, tenant: str = "", request_id: str = ""
+    ) -> generation_pb2.Verdict:
+        """Verdict on an input; what rules find in several turns adds up, and a model's highest score counts.
 
-    def judge_input(self, texts: Iterable[tuple[int, str]]) -> generation_pb2.Verdict:
-        """Verdict on texts, each with its offset; what rules find in several of them adds up, and the model's highest
-        score counts."""
-        found: dict[str, Finding] = {}
-        best: dict[Head, Scored] = {}
-        for offset, text in texts:
-            for finding in injection.detect(text) if self._rules else ():
-                known = found.get(finding.rule)
-                if self._config.action(finding.category, "block") == "allow":
-                    continue
-                if known is None or finding.score > known.score:
-                    found[finding.rule] = dataclasses.replace(
-                        finding, start=finding.start + offset, end=finding.end + offset
-                    )
-            for head, scored in self._scores(text).items():
-                if head not in best or scored.score > best[head].score:
-                    best[head] = dataclasses.replace(scored, start=scored.start + offset, end=scored.end + offset)
-        findings = list(found.values())
+        Raises MeshError GUARD_UNAVAILABLE where the model cannot judge and the policy refuses then.
+        """
+        read = [turn for turn in turns if turn.judged]
+        findings = await self._by_rules(read)
         score = injection.combined(findings)
         action = self._input_action(findings, score)
-        for head, scored in best.items():
-            judged, told = self._model_action(head, scored)
+        detectors = list(self._input_detectors)
+        for opinion in await self._opinions(turns, tenant, request_id) if self._heads and read else ():
+            judged, told = self._model_action(opinion)
             action = max(action, judged, key=_SEVERITY.index)
             findings += told
-            score = max(score, scored.score)
-        verdict = self._verdict(action, findings, self._input_detectors)
+            score = max(score, opinion.score)
+            detectors.append(opinion.detector)
+        verdict = self._verdict(action, findings, detectors)
         verdict.score = score
         return verdict
 
-    def output_check(self) -> OutputCheck:
-        """For one choice of one answer."""
+    def output_check(self, turns: Sequence[Turn] = (), *, tenant: str = "", request_id: str = "") -> OutputCheck:
+        """For one choice of the answer to `turns`."""
         content = None
-        if self._model is not None and "harm" in self._config.output_detectors:
-            content = ContentWatch(
-                partial(self._judge_content, self._model), strict=self._config.answer_release == "strict"
-            )
-        return OutputCheck(self._blocking, self._flagging, content)
+        if self._judge is not None and "harm" in self.config.output_detectors:
+
+            async def weigh(view: View) -> Weighed:
+                return await self._weigh(turns, view, tenant, request_id)
+
+            content = ContentWatch(weigh, self.config.answer_windows, strict=self.config.answer_release == "strict")
+        return OutputCheck([PatternWatch(self._blocking)], [PatternWatch(s) for s in self._flagging], content)
 
     def judge_output(self, check: OutputCheck) -> generation_pb2.Verdict:
         """Verdict on what a check has seen so far."""
         blocked = check.blocked
         findings = [*([blocked] if blocked is not None else []), *check.flagged]
         action = BLOCK if blocked is not None else FLAG if findings else ALLOW
-        return self._verdict(action, findings, self._output_detectors, blocked)
+        return self._verdict(action, findings, [*self._output_detectors, *check.detectors], blocked)
+
+    def _version(self) -> str:
+        content = [dataclasses.asdict(self.config), self._input_detectors, self._output_detectors]
+        name = _VERSION if self._judge is None else f"{_VERSION}+{self._judge.version}"
+        digest = hashlib.sha256(json.dumps([name, content], sort_keys=True).encode()).hexdigest()
+        return f"{name}-{digest[:8]}"
+
+    async def _by_rules(self, turns: Sequence[Turn]) -> list[Finding]:
+        if not self._rules:
+            return []
+        if sum(len(turn.text) for turn in turns) > self._inline_chars:
+            return await asyncio.to_thread(self._find, turns)
+        return self._find(turns)
+
+    def _find(self, turns: Sequence[Turn]) -> list[Finding]:
+        """The strongest finding of each rule."""
+        found: dict[str, Finding] = {}
+        for turn in turns:
+            for finding in injection.detect(turn.text):
+                if self.config.action(finding.category, "block") == "allow":
+                    continue
+                known = found.get(finding.rule)
+                if known is None or finding.score > known.score:
+                    start, end = finding.start + turn.offset, finding.end + turn.offset
+                    found[finding.rule] = dataclasses.replace(finding, start=start, end=end)
+        return list(found.values())
 
     def _input_action(self, findings: list[Finding], score: float) -> generation_pb2.Verdict.Action.ValueType:
-        if score < self._config.flag_score:
+        if score < self.config.flag_score:
             return ALLOW
         # A category that may only be told does not refuse, however sure; but it supports one that may.
-        refusing = [f for f in findings if self._config.action(f.category, "block") == "block"]
-        return BLOCK if refusing and score >= self._config.block_score else FLAG
+        refusing = [f for f in findings if self.config.action(f.category, "block") == "block"]
+        return BLOCK if refusing and score >= self.config.block_score else FLAG
 
-    def _scores(self, text: str) -> dict[Head, Scored]:
-        return self._model.judge(text, self._heads) if self._model is not None and self._heads else {}
+    async def _opinions(self, turns: Sequence[Turn], tenant: str, request_id: str) -> list[Opinion]:
+        assert self._judge is not None  # noqa: S101
+        try:
+            return await self._judge.judge_prompt(turns, self._heads, tenant=tenant, request_id=request_id)
+        except JudgeError:
+            self._fail("input")
+            return []
 
-    def _model_action(
-        self, head: Head, scored: Scored
-    ) -> tuple[generation_pb2.Verdict.Action.ValueType, list[Finding]]:
-        """What follows from a head's score of an input, and what is told of it."""
-        attack = head == "attack"
-        flag = self._config.attack_flag_score if attack else self._config.harm_flag_score
-        block = self._config.attack_block_score if attack else self._config.harm_block_score
-        if scored.score < flag:
+    def _fail(self, direction: str) -> None:
+        """The model cannot judge. Raises MeshError GUARD_UNAVAILABLE, unless the policy lets rules decide alone."""
+        self._failures.add(1, {Name.GUARD_DIRECTION: direction, Name.GUARD_FAILURE: self.config.failure})
+        log.warning("a model cannot judge", direction=direction, failure=self.config.failure)
+        if self.config.failure == "refuse":
+            raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard's model does not answer", retry_after=1.0) from None
+
+    def _model_action(self, opinion: Opinion) -> tuple[generation_pb2.Verdict.Action.ValueType, list[Finding]]:
+        """What follows from a model's opinion of an input, and what is told of it."""
+        attack = opinion.head == "attack"
+        flag = self.config.attack_flag_score if attack else self.config.harm_flag_score
+        block = self.config.attack_block_score if attack else self.config.harm_block_score
+        if opinion.score < flag:
             return ALLOW, []
-        acts = {category: self._config.action(category, "block") for category in self._named(head, scored.text)}
+        acts = self._acts(opinion)
         told = [
-            Finding(f"model.{head}", category, scored.score, scored.start, scored.end)
+            Finding(f"model.{opinion.head}", category, opinion.score, opinion.start, opinion.end)
             for category, act in acts.items()
             if act != "allow"
         ]
         if not told:
             return ALLOW, []
-        return (BLOCK if scored.score >= block and "block" in acts.values() else FLAG), told
+        return (BLOCK if opinion.score >= block and "block" in acts.values() else FLAG), told
 
-    def _named(self, head: Head, text: str) -> tuple[str, ...]:
-        """Categories of what a head found in a window."""
-        return (ATTACK,) if head == "attack" or self._model is None else self._model.categories(text)
+    def _acts(self, opinion: Opinion) -> dict[str, Act]:
+        """What may follow from each category of an opinion; one that names none goes by its head's name."""
+        categories = opinion.categories or (f"{opinion.head}.unnamed",)
+        return {category: self.config.action(category, "block") for category in categories}
 
-    def _judge_content(self, model: EmbeddedModel, text: str) -> tuple[Finding, bool] | None:
-        """What is harmful in the last of an answer, and whether it stops it."""
-        score = model.score(text, "harm")
-        if score < self._config.answer_flag_score:
-            return None
-        acts = {category: self._config.action(category, "block") for category in model.categories(text)}
-        stops = score >= self._config.answer_block_score and "block" in acts.values()
+    async def _weigh(self, turns: Sequence[Turn], view: View, tenant: str, request_id: str) -> Weighed:
+        """What is harmful in an answer so far, and what follows. Raises MeshError GUARD_UNAVAILABLE."""
+        assert self._judge is not None  # noqa: S101
+        try:
+            opinions = await self._judge.judge_answer(turns, view.text, ("harm",), tenant=tenant, request_id=request_id)
+        except JudgeError:
+            self._fail("output")
+            return Weighed()
+        if not opinions:
+            return Weighed()
+        opinion = max(opinions, key=lambda opinion: opinion.score)
+        detectors = tuple(opinion.detector for opinion in opinions)
+        if opinion.score < self.config.answer_flag_score:
+            return Weighed(detectors=detectors)
+        acts = self._acts(opinion)
+        stops = opinion.score >= self.config.answer_confirm_score and "block" in acts.values()
         chosen = next((c for c, act in acts.items() if act == "block" or (act == "flag" and not stops)), None)
-        return None if chosen is None else (Finding("model.harm", chosen, score, 0, len(text)), stops)
+        if chosen is None:
+            return Weighed(detectors=detectors)
+        finding = Finding("model.harm", chosen, opinion.score, opinion.start, opinion.end)
+        hard = opinion.score >= self.config.answer_block_score
+        return Weighed("flag" if not stops else "hard" if hard else "soft", finding, detectors)
 
     def _verdict(
         self,
@@ -167,9 +211,11 @@ class Policy:
 class Policies:
     """The policies of the configuration, by name."""
 
-    def __init__(self, configs: Mapping[str, PolicyConfig], model: EmbeddedModel | None = None) -> None:
+    def __init__(
+        self, configs: Mapping[str, PolicyConfig], judge: Judge | None = None, *, inline_chars: int = 4_096
+    ) -> None:
         known = {DEFAULT_POLICY: PolicyConfig()} | dict(configs)
-        self._policies = {name: Policy(config, model) for name, config in known.items()}
+        self._policies = {name: Policy(config, judge, inline_chars=inline_chars) for name, config in known.items()}
 
     def get(self, name: str) -> Policy:
         """The policy; the default one for an empty name. Raises MeshError REQUEST_INVALID."""

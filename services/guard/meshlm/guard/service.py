@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -14,13 +13,12 @@ from meshlm.chassis.errors import invalid
 from meshlm.chassis.life import Life
 from meshlm.chassis.telemetry import Name
 from meshlm.guard.config import GuardConfig
-from meshlm.guard.embedded import EmbeddedModel
+from meshlm.guard.conversation import length_of, turns_of
+from meshlm.guard.judges import judge_of
+from meshlm.guard.judging import Turn
 from meshlm.guard.policy import Policies, Policy, act_name
 from meshlm.guard.stream import OutputCheck
 from meshlm.v1 import generation_pb2, guard_pb2, guard_pb2_grpc
-
-# Between messages in a text judged as one.
-_JOINT = "\n"
 
 
 class GuardService(guard_pb2_grpc.GuardServiceServicer):
@@ -32,8 +30,7 @@ class GuardService(guard_pb2_grpc.GuardServiceServicer):
     def __init__(self, config: GuardConfig) -> None:
         """Raises ArtefactError."""
         self._config = config
-        model = EmbeddedModel.load(config.model_file) if config.model == "embedded" else None
-        self._policies = Policies(config.policies, model)
+        self._policies = Policies(config.policies, judge_of(config), inline_chars=config.inline_chars)
         meter = telemetry.meter()
         self._verdicts = meter.create_counter(Name.GUARD_VERDICTS, "1", "Verdicts by direction and action")
         self._findings = meter.create_counter(Name.GUARD_FINDINGS, "1", "Categories in verdicts")
@@ -46,8 +43,8 @@ class GuardService(guard_pb2_grpc.GuardServiceServicer):
     async def start(self, life: Life) -> None:
         """Run each path once, so that the first request does not pay for it."""
         policy = self._policies.get("")
-        policy.judge_input([(0, "warm up, ïn two scripts")])
-        policy.output_check().feed("warm up", last=True)
+        await policy.judge_input([Turn("user", "warm up, ïn two scripts")])
+        await policy.output_check().feed("warm up", last=True)
 
     async def drain(self) -> None:
         """Nothing: checks end with the answers they follow."""
@@ -60,13 +57,12 @@ class GuardService(guard_pb2_grpc.GuardServiceServicer):
     ) -> guard_pb2.CheckInputResponse:
         begun = time.perf_counter()
         policy = self._policies.get(request.policy)
-        texts, length = _judged(request, policy)
-        if length > self._config.max_input_chars:
+        turns = turns_of(request.input, request.token_text, policy.config.trusted_roles)
+        if not request.input.WhichOneof("input"):
+            raise invalid("input", "required")
+        if length_of(turns) > self._config.max_input_chars:
             raise invalid("input", f"longer than {self._config.max_input_chars} characters")
-        if length > self._config.inline_chars:
-            verdict = await asyncio.to_thread(policy.judge_input, texts)
-        else:
-            verdict = policy.judge_input(texts)
+        verdict = await policy.judge_input(turns, tenant=request.tenant, request_id=request.request_id)
         verdict.latency = time.perf_counter() - begun
         self._tell("input", verdict)
         return guard_pb2.CheckInputResponse(verdict=verdict)
@@ -75,37 +71,42 @@ class GuardService(guard_pb2_grpc.GuardServiceServicer):
         self, requests: AsyncIterator[guard_pb2.CheckOutputRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[guard_pb2.CheckOutputResponse]:
         policy: Policy | None = None
-        checks: dict[int, _Choice] = {}
-        async for request in requests:
-            event = request.WhichOneof("event")
-            if policy is None:
-                if event != "start":
-                    raise invalid("start", "required first")
-                policy = self._policies.get(request.start.policy)
-            elif event == "text":
-                yield await self._judge_text(policy, checks, request.text)
-            else:
-                raise invalid("text", "required after the start")
-        for choice in checks.values():
-            # An answer that was cut short counts too; a choice that had its final verdict has been told.
-            if policy is not None and not choice.check.decided:
-                self._tell("output", choice.verdict(policy))
+        choices: dict[int, _Choice] = {}
+        try:
+            async for request in requests:
+                event = request.WhichOneof("event")
+                if policy is None:
+                    if event != "start":
+                        raise invalid("start", "required first")
+                    policy, start = self._policies.get(request.start.policy), request.start
+                    turns = turns_of(start.input, "", policy.config.trusted_roles)
+                elif event == "text":
+                    choice = choices.get(request.text.choice)
+                    if choice is None:
+                        if len(choices) >= self._config.max_choices:
+                            raise invalid("text.choice", f"more than {self._config.max_choices} choices")
+                        check = policy.output_check(turns, tenant=start.tenant, request_id=start.request_id)
+                        choice = choices[request.text.choice] = _Choice(check)
+                    yield await self._judge_text(policy, choice, request.text)
+                else:
+                    raise invalid("text", "required after the start")
+        finally:
+            for choice in choices.values():
+                # An answer that was cut short counts too; a choice that had its final verdict has been told.
+                if policy is not None and not choice.check.decided:
+                    self._tell("output", choice.verdict(policy))
+                choice.check.close()
 
     async def _judge_text(
-        self, policy: Policy, checks: dict[int, _Choice], text: guard_pb2.OutputText
+        self, policy: Policy, choice: _Choice, text: guard_pb2.OutputText
     ) -> guard_pb2.CheckOutputResponse:
-        choice = checks.get(text.choice)
-        if choice is None:
-            if len(checks) >= self._config.max_choices:
-                raise invalid("text.choice", f"more than {self._config.max_choices} choices")
-            choice = checks[text.choice] = _Choice(policy.output_check())
         check = choice.check
         if check.ended:
             raise invalid("text", "the choice has ended")
         if check.length + len(text.text) > self._config.max_output_chars:
             raise invalid("text.text", f"the choice is longer than {self._config.max_output_chars} characters")
         told = check.decided
-        await choice.feed(text.text, last=text.last, inline_chars=self._config.inline_chars)
+        await choice.feed(text.text, last=text.last)
         verdict = choice.verdict(policy)
         if check.decided and not told:
             self._tell("output", verdict)
@@ -137,40 +138,13 @@ class _Choice:
         self.check = check
         self._seconds = 0.0
 
-    async def feed(self, text: str, *, last: bool, inline_chars: int) -> None:
+    async def feed(self, text: str, *, last: bool) -> None:
         begun = time.perf_counter()
-        if len(text) > inline_chars:
-            await asyncio.to_thread(self.check.feed, text, last=last)
-        else:
-            self.check.feed(text, last=last)
+        await self.check.feed(text, last=last)
+        await self.check.settle()
         self._seconds += time.perf_counter() - begun
 
     def verdict(self, policy: Policy) -> generation_pb2.Verdict:
         verdict = policy.judge_output(self.check)
         verdict.latency = self._seconds
         return verdict
-
-
-def _judged(request: guard_pb2.CheckInputRequest, policy: Policy) -> tuple[list[tuple[int, str]], int]:
-    """What is judged, each with its offset, and the length of it all.
-
-    Offsets count through the contents of all messages, joined by one line feed; a prompt counts from 0. What is in a
-    speaker's name is told from where the message begins.
-    Raises MeshError REQUEST_INVALID.
-    """
-    match request.input.WhichOneof("input"):
-        case "prompt":
-            return [(0, request.input.prompt)], len(request.input.prompt)
-        case "token_ids":
-            return [(0, request.token_text)], len(request.token_text)
-        case "chat":
-            texts, offset = [], 0
-            for message in request.input.chat.messages:
-                if not policy.trusts(message.role):
-                    texts.append((offset, message.content))
-                    if message.name:  # chat templates print it
-                        texts.append((offset, message.name))
-                offset += len(message.content) + len(_JOINT)
-            return texts, offset
-        case _:
-            raise invalid("input", "required")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 
 from rich.console import Console
@@ -11,8 +12,9 @@ from rich.markup import escape
 from meshlm.chassis.config import ConfigError
 from meshlm.guard.artefact import ArtefactError
 from meshlm.guard.config import GuardConfig
-from meshlm.guard.embedded import EmbeddedModel
+from meshlm.guard.embedded_judge import EmbeddedJudge
 from meshlm.guard.explain import Explanation, explain
+from meshlm.guard.judges import judge_of
 from meshlm.guard.policy import Policies, act_name
 from meshlm.mesh.settings import add_config_arguments, read_settings
 from meshlm.mesh.terminal import open_console
@@ -33,12 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
     """`meshlm guard check`: 0, whatever the verdict."""
     config = read_settings(arguments).source.section("guard", GuardConfig)
     try:
-        model = EmbeddedModel.load(config.model_file) if config.model == "embedded" else None
+        judge = judge_of(config)
     except ArtefactError as error:
         raise ConfigError(f"guard.model_file: {error}") from None
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
-    policy = Policies(config.policies, model).get(arguments.policy)
-    _show(explain(policy, model, text), text, open_console())
+    policy = Policies(config.policies, judge).get(arguments.policy)
+    model = judge.model if isinstance(judge, EmbeddedJudge) else None
+    _show(asyncio.run(explain(policy, model, text)), text, open_console())
     return 0
 
 

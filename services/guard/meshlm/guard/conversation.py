@@ -1,0 +1,40 @@
+"""What is judged of a request: its turns, and where each lies in the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from meshlm.guard.judging import Turn
+from meshlm.v1 import generation_pb2
+
+# Between messages in a text judged as one.
+_JOINT = "\n"
+
+
+def turns_of(source: generation_pb2.Input, token_text: str, trusted_roles: Collection[str]) -> list[Turn]:
+    """The turns of an input; none for one that holds nothing.
+
+    Offsets count through the contents of all messages, joined by one line feed; a prompt counts from 0. A speaker's
+    name, which chat templates print, is a turn of its own: what is in it is told from where the message begins.
+    """
+    match source.WhichOneof("input"):
+        case "prompt":
+            return [Turn("user", source.prompt)]
+        case "token_ids":
+            return [Turn("user", token_text)]
+        case "chat":
+            turns, offset = [], 0
+            for message in source.chat.messages:
+                judged = message.role not in trusted_roles
+                if message.name and judged:
+                    turns.append(Turn(message.role, message.name, offset))
+                turns.append(Turn(message.role, message.content, offset, judged=judged))
+                offset += len(message.content) + len(_JOINT)
+            return turns
+        case _:
+            return []
+
+
+def length_of(turns: list[Turn]) -> int:
+    """Characters of all turns."""
+    return sum(len(turn.text) for turn in turns) + len(_JOINT) * (len(turns) - 1)
