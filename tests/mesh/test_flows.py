@@ -39,6 +39,7 @@ total_blocks = 512
 listen = "unix:{root}/router"
 """
 ONE = '[[mesh.workers]]\nname = "one"\n'
+NO_RESUMES = "[router.streams]\nresumes = 0\n"  # by the router
 TWO = ONE + '[[mesh.workers]]\nname = "two"\n'
 
 
@@ -154,7 +155,7 @@ async def test_one_trace_leads_from_the_router_to_the_engine() -> None:
 
 
 async def test_a_killed_engine_ends_its_streams_with_a_reason_and_a_new_one_serves() -> None:
-    async with running() as rig:
+    async with running(extra=NO_RESUMES) as rig:
         whole = await rig.text("hello", cache="bypass")
         stream = rig.stream("hello", cache="bypass")
         text, error = await broken(stream, 10, rig.engine().kill)
@@ -169,7 +170,7 @@ async def test_a_killed_engine_ends_its_streams_with_a_reason_and_a_new_one_serv
 
 
 async def test_a_hung_engine_is_noticed_and_replaced() -> None:
-    async with running() as rig:
+    async with running(extra=NO_RESUMES) as rig:
         _, error = await broken(rig.stream("hello", cache="bypass"), 10, rig.engine().suspend)
         assert error.reason == Reason.ENGINE_LOST
 
@@ -181,7 +182,7 @@ async def test_a_hung_engine_is_noticed_and_replaced() -> None:
 
 
 async def test_a_killed_worker_costs_its_stream_and_a_resumed_one_has_no_gap() -> None:
-    async with running(TWO) as rig:
+    async with running(TWO, extra=NO_RESUMES) as rig:
         whole = await rig.text("hello", cache="bypass")
         text, killed = "", False
         async for event in rig.stream("hello", cache="bypass", resumes=2):

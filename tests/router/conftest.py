@@ -104,6 +104,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.skipped = ""  # told with the first chunk
         self.refusal: MeshError | None = None
         self.failure: MeshError | None = None  # after the first piece
+        self.failures: list[MeshError] = []  # of the coming requests, after the first piece each
+        self.shift = 0  # of its token offsets
         self.hold: asyncio.Event | None = None  # before each piece after the first
         self.requests: list[worker_pb2.RunGenerationRequest] = []
         self.cancelled = asyncio.Event()
@@ -130,9 +132,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         ended = False
         try:
             yield worker_pb2.RunGenerationResponse(accepted=accepted, usage=usage)
-            for number, piece in enumerate(self.pieces):
-                if number and self.failure is not None:
-                    raise self.failure
+            before = self.shift + (request.resume_from if self.skipped else 0)  # tokens ahead of the pieces
+            failure = self.failures.pop(0) if self.failures else self.failure
+            begin = 0 if self.skipped else request.resume_from // self.tokens_each
+            for number, piece in enumerate(self.pieces[begin:], begin):
+                if number and failure is not None:
+                    raise failure
                 if number and self.hold is not None:
                     await self.hold.wait()
                 if number == self.stalls_at:
@@ -140,9 +145,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 usage.completion_tokens = (number + 1) * self.tokens_each
                 last = number + 1 == len(self.pieces)
                 chunk = pb.Chunk(
-                    token_offset=number * self.tokens_each,
+                    token_offset=before + number * self.tokens_each,
                     token_count=self.tokens_each,
                     text=piece,
+                    token_ids=[number] * self.tokens_each if request.generation.return_token_ids else [],
                     finish_reason=int(last),
                 )
                 skipped = self.skipped if number == 0 else ""

@@ -141,7 +141,8 @@ async def test_an_aborted_stream_is_billed_exactly_what_was_sent() -> None:
 
 
 async def test_a_stream_whose_worker_is_killed_is_billed_exactly_what_was_sent() -> None:
-    async with limited(f"micros_per_day = {LIMIT}", step=0.01) as rig:
+    alone = "[router.streams]\nresumes = 0\n"
+    async with limited(f"micros_per_day = {LIMIT}", step=0.01, before=alone) as rig:
         killed = False
         events: list[Any] = []
         with pytest.raises(MeshError):

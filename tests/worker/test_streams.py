@@ -127,8 +127,9 @@ def test_resumed_text_is_the_rest_of_the_first_stream(text: str, stops: list[str
     after = chunks_of(resumed, [events])
     sent = [chunk.text for chunk in before if chunk.token_offset < cut and chunk.token_count]
     assert "".join(sent) + "".join(chunk.text for chunk in after) == "".join(chunk.text for chunk in before)
-    assert resumed.take_skipped() == "".join(sent)
-    assert resumed.take_skipped() == ""
+    ids = [token for chunk in before if chunk.token_offset < cut for token in chunk.token_ids]
+    assert resumed.take_skipped() == ("".join(sent), ids)
+    assert resumed.take_skipped() == ("", [])
     assert before[-1].finish_reason == after[-1].finish_reason
     if sum(chunk.token_count for chunk in before) >= cut and after[0].token_count:
         assert after[0].token_offset == cut

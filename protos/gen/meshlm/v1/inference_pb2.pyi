@@ -21,9 +21,19 @@ class StreamGenerateRequest(google.protobuf.message.Message):
 
     GENERATION_FIELD_NUMBER: builtins.int
     RESUME_FROM_FIELD_NUMBER: builtins.int
+    RESUMABLE_FIELD_NUMBER: builtins.int
+    RESUME_OF_FIELD_NUMBER: builtins.int
     resume_from: builtins.int
     """Tokens of the answer that the caller already has: the stream starts at this offset. Only for deterministic
     requests (temperature 0, or a seed) with one choice.
+    """
+    resumable: builtins.bool
+    """Whether this stream may be resumed by `resume_of` if the caller's connection breaks: what was made is then kept for a
+    while (`router.streams.resumable_seconds`). Only requests with one choice.
+    """
+    resume_of: builtins.str
+    """`request_id` of a resumable stream that broke, for the same request sent again with `resume_from`: it goes on from
+    what was made, whatever its sampling, and only tokens that were not sent before are billed.
     """
     @property
     def generation(self) -> meshlm.v1.generation_pb2.Generation:
@@ -34,9 +44,11 @@ class StreamGenerateRequest(google.protobuf.message.Message):
         *,
         generation: meshlm.v1.generation_pb2.Generation | None = ...,
         resume_from: builtins.int = ...,
+        resumable: builtins.bool = ...,
+        resume_of: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["generation", b"generation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["generation", b"generation", "resume_from", b"resume_from"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["generation", b"generation", "resumable", b"resumable", "resume_from", b"resume_from", "resume_of", b"resume_of"]) -> None: ...
 
 global___StreamGenerateRequest = StreamGenerateRequest
 
@@ -158,10 +170,15 @@ class StreamStart(google.protobuf.message.Message):
     ROUTING_FIELD_NUMBER: builtins.int
     INPUT_VERDICT_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id of the request, in every log line and span; the caller's own `x-request-id` if one was sent."""
     trace_id: builtins.str
     """Id of the trace, 32 hex digits."""
+    seed: builtins.int
+    """The seed in use, the caller's or one that the router drew: the same request with this seed gives the same tokens.
+    Absent for greedy requests, and for answers from the cache.
+    """
     @property
     def routing(self) -> global___RoutingDecision:
         """How it was routed."""
@@ -182,9 +199,11 @@ class StreamStart(google.protobuf.message.Message):
         routing: global___RoutingDecision | None = ...,
         input_verdict: meshlm.v1.generation_pb2.Verdict | None = ...,
         limits: global___LimitState | None = ...,
+        seed: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["input_verdict", b"input_verdict", "limits", b"limits", "routing", b"routing"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["input_verdict", b"input_verdict", "limits", b"limits", "request_id", b"request_id", "routing", b"routing", "trace_id", b"trace_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "input_verdict", b"input_verdict", "limits", b"limits", "routing", b"routing", "seed", b"seed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "input_verdict", b"input_verdict", "limits", b"limits", "request_id", b"request_id", "routing", b"routing", "seed", b"seed", "trace_id", b"trace_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 global___StreamStart = StreamStart
 
@@ -197,6 +216,7 @@ class StreamEnd(google.protobuf.message.Message):
     TIMING_FIELD_NUMBER: builtins.int
     OUTPUT_VERDICTS_FIELD_NUMBER: builtins.int
     COST_MICROS_FIELD_NUMBER: builtins.int
+    REPLICAS_FIELD_NUMBER: builtins.int
     cost_micros: builtins.int
     """Price of the usage in this message, millionths of the configured currency, rounded up to a whole one; 0 for an
     answer from the cache. Absent where the model has no price.
@@ -209,15 +229,20 @@ class StreamEnd(google.protobuf.message.Message):
     def output_verdicts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[meshlm.v1.generation_pb2.Verdict]:
         """Verdicts on the output, one for each choice, if an output guard ran."""
 
+    @property
+    def replicas(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Replicas that computed the answer, in order: more than one where a worker was lost and another went on."""
+
     def __init__(
         self,
         *,
         timing: meshlm.v1.generation_pb2.Timing | None = ...,
         output_verdicts: collections.abc.Iterable[meshlm.v1.generation_pb2.Verdict] | None = ...,
         cost_micros: builtins.int | None = ...,
+        replicas: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_cost_micros", b"_cost_micros", "cost_micros", b"cost_micros", "timing", b"timing"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_cost_micros", b"_cost_micros", "cost_micros", b"cost_micros", "output_verdicts", b"output_verdicts", "timing", b"timing"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_cost_micros", b"_cost_micros", "cost_micros", b"cost_micros", "output_verdicts", b"output_verdicts", "replicas", b"replicas", "timing", b"timing"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_cost_micros", b"_cost_micros"]) -> typing.Literal["cost_micros"] | None: ...
 
 global___StreamEnd = StreamEnd

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from meshlm.v1 import generation_pb2 as meshlm_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16meshlm/v1/worker.proto\x12\tmeshlm.v1\x1a\x1ameshlm/v1/generation.proto\"\xbf\x01\n\x14RunGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\ngeneration\x18\x02 \x01(\x0b\x32\x15.meshlm.v1.Generation\x12\x12\n\ncache_salt\x18\x03 \x01(\x0c\x12\x13\n\x0bresume_from\x18\x04 \x01(\r\x12\x11\n\tgenerated\x18\x05 \x03(\r\x12\x1c\n\x14\x61llow_control_tokens\x18\x06 \x01(\x08\x12\x0e\n\x06tenant\x18\x07 \x01(\t\"W\n\x12GenerationAccepted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\"G\n\rGenerationEnd\x12!\n\x06timing\x18\x01 \x01(\x0b\x32\x11.meshlm.v1.Timing\x12\x13\n\x0bpreemptions\x18\x02 \x01(\r\"\xd6\x01\n\x15RunGenerationResponse\x12\x31\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1d.meshlm.v1.GenerationAcceptedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.ChunkH\x00\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x18.meshlm.v1.GenerationEndH\x00\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.meshlm.v1.Usage\x12\x14\n\x0cskipped_text\x18\x05 \x01(\tB\x07\n\x05\x65vent\"o\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.meshlm.v1.TokenIdsH\x00\x12\x15\n\x0b\x65nd_of_turn\x18\x03 \x01(\x08H\x00\x42\x0e\n\x0c\x63ontinuation\"3\n\x0bPromptPiece\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontrol_tokens\x18\x02 \x01(\x08\"\xd8\x02\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1f\n\x05input\x18\x03 \x01(\x0b\x32\x10.meshlm.v1.Input\x12.\n\rcontinuations\x18\x04 \x03(\x0b\x32\x17.meshlm.v1.Continuation\x12\x17\n\nfrom_token\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x13return_text_offsets\x18\x06 \x01(\x08\x12%\n\x08priority\x18\x07 \x01(\x0e\x32\x13.meshlm.v1.Priority\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x12\n\ncache_salt\x18\t \x01(\x0c\x12\x1c\n\x14\x61llow_control_tokens\x18\n \x01(\x08\x12&\n\x06pieces\x18\x0b \x03(\x0b\x32\x16.meshlm.v1.PromptPieceB\r\n\x0b_from_token\"h\n\nScoredText\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x11\n\tentropies\x18\x03 \x03(\x02\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x14\n\x0ctext_offsets\x18\x05 \x03(\r\"\x92\x01\n\rScoreResponse\x12%\n\x06scored\x18\x01 \x03(\x0b\x32\x15.meshlm.v1.ScoredText\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.Usage\x12!\n\x06timing\x18\x03 \x01(\x0b\x32\x11.meshlm.v1.Timing\x12\x16\n\x0emodel_revision\x18\x04 \x01(\t\"\x87\x02\n\x0c\x45mbedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12 \n\x06inputs\x18\x03 \x03(\x0b\x32\x10.meshlm.v1.Input\x12#\n\x07pooling\x18\x04 \x01(\x0e\x32\x12.meshlm.v1.Pooling\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12%\n\x08priority\x18\x06 \x01(\x0e\x32\x13.meshlm.v1.Priority\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\x12\x1c\n\x14\x61llow_control_tokens\x18\t \x01(\x08\x42\x0c\n\n_normalize\"\x1b\n\tEmbedding\x12\x0e\n\x06vector\x18\x01 \x03(\x02\"\x95\x01\n\rEmbedResponse\x12(\n\nembeddings\x18\x01 \x03(\x0b\x32\x14.meshlm.v1.Embedding\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.Usage\x12!\n\x06timing\x18\x03 \x01(\x0b\x32\x11.meshlm.v1.Timing\x12\x16\n\x0emodel_revision\x18\x04 \x01(\t\":\n\x17\x43ountInputTokensRequest\x12\x1f\n\x05input\x18\x01 \x01(\x0b\x32\x10.meshlm.v1.Input\"E\n\x18\x43ountInputTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\ntoken_text\x18\x02 \x01(\t\"#\n\x10WatchLoadRequest\x12\x0f\n\x07watcher\x18\x01 \x01(\t\"\x80\x02\n\x0bWorkerModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x0c\n\x04\x63hat\x18\x04 \x01(\x08\x12\x10\n\x08\x61\x64\x61pters\x18\x05 \x03(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x14\n\x0cquantization\x18\x07 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x10\n\x08kv_bytes\x18\t \x01(\x04\x12\x10\n\x08kv_dtype\x18\n \x01(\t\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\x13\n\x0bhidden_size\x18\x0c \x01(\r\x12\x13\n\x0bkv_policies\x18\r \x01(\x08\"\xee\x02\n\x11WatchLoadResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.meshlm.v1.WorkerModel\x12\x0e\n\x06region\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x15\n\rwaiting_limit\x18\x08 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\t \x01(\r\x12\x14\n\x0ctotal_blocks\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x1e\n\x16pending_prefill_tokens\x18\x0c \x01(\x04\x12\x15\n\rprefix_digest\x18\r \x01(\x0c\x12+\n\x08\x63ounters\x18\x0e \x01(\x0b\x32\x19.meshlm.v1.EngineCounters\x12\x14\n\x0cstep_seconds\x18\x0f \x01(\x01\"\x98\x01\n\x0e\x45ngineCounters\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x02 \x01(\x04\x12\x11\n\tcancelled\x18\x03 \x01(\x04\x12!\n\x19\x62locks_freed_after_cancel\x18\x04 \x01(\x04\x12\x15\n\rout_of_memory\x18\x05 \x01(\x04\x12\x15\n\rengine_starts\x18\x06 \x01(\x04*F\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x10\n\x0cPOOLING_LAST\x10\x02\x32\x84\x03\n\rWorkerService\x12T\n\rRunGeneration\x12\x1f.meshlm.v1.RunGenerationRequest\x1a .meshlm.v1.RunGenerationResponse0\x01\x12:\n\x05Score\x12\x17.meshlm.v1.ScoreRequest\x1a\x18.meshlm.v1.ScoreResponse\x12:\n\x05\x45mbed\x12\x17.meshlm.v1.EmbedRequest\x1a\x18.meshlm.v1.EmbedResponse\x12[\n\x10\x43ountInputTokens\x12\".meshlm.v1.CountInputTokensRequest\x1a#.meshlm.v1.CountInputTokensResponse\x12H\n\tWatchLoad\x12\x1b.meshlm.v1.WatchLoadRequest\x1a\x1c.meshlm.v1.WatchLoadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16meshlm/v1/worker.proto\x12\tmeshlm.v1\x1a\x1ameshlm/v1/generation.proto\"\xbf\x01\n\x14RunGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\ngeneration\x18\x02 \x01(\x0b\x32\x15.meshlm.v1.Generation\x12\x12\n\ncache_salt\x18\x03 \x01(\x0c\x12\x13\n\x0bresume_from\x18\x04 \x01(\r\x12\x11\n\tgenerated\x18\x05 \x03(\r\x12\x1c\n\x14\x61llow_control_tokens\x18\x06 \x01(\x08\x12\x0e\n\x06tenant\x18\x07 \x01(\t\"W\n\x12GenerationAccepted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\"G\n\rGenerationEnd\x12!\n\x06timing\x18\x01 \x01(\x0b\x32\x11.meshlm.v1.Timing\x12\x13\n\x0bpreemptions\x18\x02 \x01(\r\"\xf1\x01\n\x15RunGenerationResponse\x12\x31\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1d.meshlm.v1.GenerationAcceptedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.ChunkH\x00\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x18.meshlm.v1.GenerationEndH\x00\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.meshlm.v1.Usage\x12\x14\n\x0cskipped_text\x18\x05 \x01(\t\x12\x19\n\x11skipped_token_ids\x18\x06 \x03(\rB\x07\n\x05\x65vent\"o\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.meshlm.v1.TokenIdsH\x00\x12\x15\n\x0b\x65nd_of_turn\x18\x03 \x01(\x08H\x00\x42\x0e\n\x0c\x63ontinuation\"3\n\x0bPromptPiece\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontrol_tokens\x18\x02 \x01(\x08\"\xd8\x02\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1f\n\x05input\x18\x03 \x01(\x0b\x32\x10.meshlm.v1.Input\x12.\n\rcontinuations\x18\x04 \x03(\x0b\x32\x17.meshlm.v1.Continuation\x12\x17\n\nfrom_token\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x13return_text_offsets\x18\x06 \x01(\x08\x12%\n\x08priority\x18\x07 \x01(\x0e\x32\x13.meshlm.v1.Priority\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x12\n\ncache_salt\x18\t \x01(\x0c\x12\x1c\n\x14\x61llow_control_tokens\x18\n \x01(\x08\x12&\n\x06pieces\x18\x0b \x03(\x0b\x32\x16.meshlm.v1.PromptPieceB\r\n\x0b_from_token\"h\n\nScoredText\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x11\n\tentropies\x18\x03 \x03(\x02\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x14\n\x0ctext_offsets\x18\x05 \x03(\r\"\x92\x01\n\rScoreResponse\x12%\n\x06scored\x18\x01 \x03(\x0b\x32\x15.meshlm.v1.ScoredText\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.Usage\x12!\n\x06timing\x18\x03 \x01(\x0b\x32\x11.meshlm.v1.Timing\x12\x16\n\x0emodel_revision\x18\x04 \x01(\t\"\x87\x02\n\x0c\x45mbedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12 \n\x06inputs\x18\x03 \x03(\x0b\x32\x10.meshlm.v1.Input\x12#\n\x07pooling\x18\x04 \x01(\x0e\x32\x12.meshlm.v1.Pooling\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12%\n\x08priority\x18\x06 \x01(\x0e\x32\x13.meshlm.v1.Priority\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\x12\x1c\n\x14\x61llow_control_tokens\x18\t \x01(\x08\x42\x0c\n\n_normalize\"\x1b\n\tEmbedding\x12\x0e\n\x06vector\x18\x01 \x03(\x02\"\x95\x01\n\rEmbedResponse\x12(\n\nembeddings\x18\x01 \x03(\x0b\x32\x14.meshlm.v1.Embedding\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.Usage\x12!\n\x06timing\x18\x03 \x01(\x0b\x32\x11.meshlm.v1.Timing\x12\x16\n\x0emodel_revision\x18\x04 \x01(\t\":\n\x17\x43ountInputTokensRequest\x12\x1f\n\x05input\x18\x01 \x01(\x0b\x32\x10.meshlm.v1.Input\"E\n\x18\x43ountInputTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\ntoken_text\x18\x02 \x01(\t\"#\n\x10WatchLoadRequest\x12\x0f\n\x07watcher\x18\x01 \x01(\t\"\x80\x02\n\x0bWorkerModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x0c\n\x04\x63hat\x18\x04 \x01(\x08\x12\x10\n\x08\x61\x64\x61pters\x18\x05 \x03(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x14\n\x0cquantization\x18\x07 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x10\n\x08kv_bytes\x18\t \x01(\x04\x12\x10\n\x08kv_dtype\x18\n \x01(\t\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\x13\n\x0bhidden_size\x18\x0c \x01(\r\x12\x13\n\x0bkv_policies\x18\r \x01(\x08\"\xee\x02\n\x11WatchLoadResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.meshlm.v1.WorkerModel\x12\x0e\n\x06region\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x15\n\rwaiting_limit\x18\x08 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\t \x01(\r\x12\x14\n\x0ctotal_blocks\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x1e\n\x16pending_prefill_tokens\x18\x0c \x01(\x04\x12\x15\n\rprefix_digest\x18\r \x01(\x0c\x12+\n\x08\x63ounters\x18\x0e \x01(\x0b\x32\x19.meshlm.v1.EngineCounters\x12\x14\n\x0cstep_seconds\x18\x0f \x01(\x01\"\x98\x01\n\x0e\x45ngineCounters\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x02 \x01(\x04\x12\x11\n\tcancelled\x18\x03 \x01(\x04\x12!\n\x19\x62locks_freed_after_cancel\x18\x04 \x01(\x04\x12\x15\n\rout_of_memory\x18\x05 \x01(\x04\x12\x15\n\rengine_starts\x18\x06 \x01(\x04*F\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x10\n\x0cPOOLING_LAST\x10\x02\x32\x84\x03\n\rWorkerService\x12T\n\rRunGeneration\x12\x1f.meshlm.v1.RunGenerationRequest\x1a .meshlm.v1.RunGenerationResponse0\x01\x12:\n\x05Score\x12\x17.meshlm.v1.ScoreRequest\x1a\x18.meshlm.v1.ScoreResponse\x12:\n\x05\x45mbed\x12\x17.meshlm.v1.EmbedRequest\x1a\x18.meshlm.v1.EmbedResponse\x12[\n\x10\x43ountInputTokens\x12\".meshlm.v1.CountInputTokensRequest\x1a#.meshlm.v1.CountInputTokensResponse\x12H\n\tWatchLoad\x12\x1b.meshlm.v1.WatchLoadRequest\x1a\x1c.meshlm.v1.WatchLoadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshlm.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POOLING']._serialized_start=2804
-  _globals['_POOLING']._serialized_end=2874
+  _globals['_POOLING']._serialized_start=2831
+  _globals['_POOLING']._serialized_end=2901
   _globals['_RUNGENERATIONREQUEST']._serialized_start=66
   _globals['_RUNGENERATIONREQUEST']._serialized_end=257
   _globals['_GENERATIONACCEPTED']._serialized_start=259
@@ -41,35 +41,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATIONEND']._serialized_start=348
   _globals['_GENERATIONEND']._serialized_end=419
   _globals['_RUNGENERATIONRESPONSE']._serialized_start=422
-  _globals['_RUNGENERATIONRESPONSE']._serialized_end=636
-  _globals['_CONTINUATION']._serialized_start=638
-  _globals['_CONTINUATION']._serialized_end=749
-  _globals['_PROMPTPIECE']._serialized_start=751
-  _globals['_PROMPTPIECE']._serialized_end=802
-  _globals['_SCOREREQUEST']._serialized_start=805
-  _globals['_SCOREREQUEST']._serialized_end=1149
-  _globals['_SCOREDTEXT']._serialized_start=1151
-  _globals['_SCOREDTEXT']._serialized_end=1255
-  _globals['_SCORERESPONSE']._serialized_start=1258
-  _globals['_SCORERESPONSE']._serialized_end=1404
-  _globals['_EMBEDREQUEST']._serialized_start=1407
-  _globals['_EMBEDREQUEST']._serialized_end=1670
-  _globals['_EMBEDDING']._serialized_start=1672
-  _globals['_EMBEDDING']._serialized_end=1699
-  _globals['_EMBEDRESPONSE']._serialized_start=1702
-  _globals['_EMBEDRESPONSE']._serialized_end=1851
-  _globals['_COUNTINPUTTOKENSREQUEST']._serialized_start=1853
-  _globals['_COUNTINPUTTOKENSREQUEST']._serialized_end=1911
-  _globals['_COUNTINPUTTOKENSRESPONSE']._serialized_start=1913
-  _globals['_COUNTINPUTTOKENSRESPONSE']._serialized_end=1982
-  _globals['_WATCHLOADREQUEST']._serialized_start=1984
-  _globals['_WATCHLOADREQUEST']._serialized_end=2019
-  _globals['_WORKERMODEL']._serialized_start=2022
-  _globals['_WORKERMODEL']._serialized_end=2278
-  _globals['_WATCHLOADRESPONSE']._serialized_start=2281
-  _globals['_WATCHLOADRESPONSE']._serialized_end=2647
-  _globals['_ENGINECOUNTERS']._serialized_start=2650
-  _globals['_ENGINECOUNTERS']._serialized_end=2802
-  _globals['_WORKERSERVICE']._serialized_start=2877
-  _globals['_WORKERSERVICE']._serialized_end=3265
+  _globals['_RUNGENERATIONRESPONSE']._serialized_end=663
+  _globals['_CONTINUATION']._serialized_start=665
+  _globals['_CONTINUATION']._serialized_end=776
+  _globals['_PROMPTPIECE']._serialized_start=778
+  _globals['_PROMPTPIECE']._serialized_end=829
+  _globals['_SCOREREQUEST']._serialized_start=832
+  _globals['_SCOREREQUEST']._serialized_end=1176
+  _globals['_SCOREDTEXT']._serialized_start=1178
+  _globals['_SCOREDTEXT']._serialized_end=1282
+  _globals['_SCORERESPONSE']._serialized_start=1285
+  _globals['_SCORERESPONSE']._serialized_end=1431
+  _globals['_EMBEDREQUEST']._serialized_start=1434
+  _globals['_EMBEDREQUEST']._serialized_end=1697
+  _globals['_EMBEDDING']._serialized_start=1699
+  _globals['_EMBEDDING']._serialized_end=1726
+  _globals['_EMBEDRESPONSE']._serialized_start=1729
+  _globals['_EMBEDRESPONSE']._serialized_end=1878
+  _globals['_COUNTINPUTTOKENSREQUEST']._serialized_start=1880
+  _globals['_COUNTINPUTTOKENSREQUEST']._serialized_end=1938
+  _globals['_COUNTINPUTTOKENSRESPONSE']._serialized_start=1940
+  _globals['_COUNTINPUTTOKENSRESPONSE']._serialized_end=2009
+  _globals['_WATCHLOADREQUEST']._serialized_start=2011
+  _globals['_WATCHLOADREQUEST']._serialized_end=2046
+  _globals['_WORKERMODEL']._serialized_start=2049
+  _globals['_WORKERMODEL']._serialized_end=2305
+  _globals['_WATCHLOADRESPONSE']._serialized_start=2308
+  _globals['_WATCHLOADRESPONSE']._serialized_end=2674
+  _globals['_ENGINECOUNTERS']._serialized_start=2677
+  _globals['_ENGINECOUNTERS']._serialized_end=2829
+  _globals['_WORKERSERVICE']._serialized_start=2904
+  _globals['_WORKERSERVICE']._serialized_end=3292
 # @@protoc_insertion_point(module_scope)

@@ -153,6 +153,7 @@ class RunGenerationResponse(google.protobuf.message.Message):
     END_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     SKIPPED_TEXT_FIELD_NUMBER: builtins.int
+    SKIPPED_TOKEN_IDS_FIELD_NUMBER: builtins.int
     skipped_text: builtins.str
     """With the first chunk of a resumed generation: the text released by the tokens before `resume_from`. It is not to be
     sent again, but a guard must see it, for what it blocks may begin there.
@@ -173,6 +174,10 @@ class RunGenerationResponse(google.protobuf.message.Message):
     def usage(self) -> meshlm.v1.generation_pb2.Usage:
         """Usage so far."""
 
+    @property
+    def skipped_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """With `skipped_text`: the tokens before `resume_from`, if `return_token_ids` was set."""
+
     def __init__(
         self,
         *,
@@ -181,9 +186,10 @@ class RunGenerationResponse(google.protobuf.message.Message):
         end: global___GenerationEnd | None = ...,
         usage: meshlm.v1.generation_pb2.Usage | None = ...,
         skipped_text: builtins.str = ...,
+        skipped_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["accepted", b"accepted", "chunk", b"chunk", "end", b"end", "event", b"event", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "chunk", b"chunk", "end", b"end", "event", b"event", "skipped_text", b"skipped_text", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "chunk", b"chunk", "end", b"end", "event", b"event", "skipped_text", b"skipped_text", "skipped_token_ids", b"skipped_token_ids", "usage", b"usage"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["accepted", "chunk", "end"] | None: ...
 
 global___RunGenerationResponse = RunGenerationResponse

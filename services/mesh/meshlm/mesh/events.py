@@ -19,6 +19,8 @@ class Start:
     limits: inference_pb2.LimitState | None
     # Token offset at which this stream starts: above 0 after a resume.
     offset: int = 0
+    # The seed in use: with it, the same request gives the same tokens. None for greedy ones and cached answers.
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class End:
     matched_stops: Mapping[int, str]
     output_verdicts: Sequence[generation_pb2.Verdict]
     cost_micros: int | None
+    # Replicas that computed the answer, in order: more than one where a worker was lost.
+    replicas: Sequence[str] = ()
 
 
 Event = Start | Text | End
@@ -120,7 +124,8 @@ class StreamReader:
 def start_of(message: inference_pb2.StreamStart, offset: int = 0) -> Start:
     """The event for a stream's first message."""
     limits = message.limits if message.HasField("limits") else None
-    return Start(message.request_id, message.trace_id, message.routing, message.input_verdict, limits, offset)
+    seed = message.seed if message.HasField("seed") else None
+    return Start(message.request_id, message.trace_id, message.routing, message.input_verdict, limits, offset, seed)
 
 
 def end_of(
@@ -131,7 +136,8 @@ def end_of(
 ) -> End:
     """The event for a stream's last message."""
     cost = message.cost_micros if message.HasField("cost_micros") else None
-    return End(usage, message.timing, finish_reasons, matched_stops, tuple(message.output_verdicts), cost)
+    verdicts = tuple(message.output_verdicts)
+    return End(usage, message.timing, finish_reasons, matched_stops, verdicts, cost, tuple(message.replicas))
 
 
 def answer_of(message: inference_pb2.GenerateResponse) -> Answer:

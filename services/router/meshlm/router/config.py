@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
+from meshlm.router.streams_config import StreamsConfig
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -152,6 +153,8 @@ class RouterConfig:
     reservation_seconds: float = 3600.0
     # Seconds without a sign of life after which a stream no longer counts as in progress: its router died. At least 1.
     lease_seconds: float = 30.0
+    # How streams survive the loss of workers and connections.
+    streams: StreamsConfig = field(default_factory=StreamsConfig)
 
     def __post_init__(self) -> None:
         if not 0 < self.emergency_share <= 1:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import math
+import time
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import grpc
@@ -15,6 +18,7 @@ from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.chassis.telemetry import Name, fail, tracer
 from meshlm.router.fleet import Fleet, Replica
+from meshlm.router.retries import RetryBudget
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
@@ -23,56 +27,159 @@ log = structlog.get_logger()
 
 _SERVICE = "meshlm.v1.WorkerService"
 # Before anything was computed, another replica may do better.
-_ELSEWHERE = frozenset({Reason.OVERLOADED, Reason.DRAINING, Reason.NO_REPLICA, Reason.ENGINE_LOST})
+ELSEWHERE = frozenset({Reason.OVERLOADED, Reason.DRAINING, Reason.NO_REPLICA, Reason.ENGINE_LOST})
+_TICK_SECONDS = 0.5
+# A worker that cannot be heard, and whose stream says nothing for so long, is gone.
+_UNHEARD_SECONDS = 1.5
 
 
 class WorkerCall:
-    """A generation that a worker accepted."""
+    """A generation that a worker accepted. One timer finds it silent: a timer a message would cost too much."""
 
-    def __init__(self, call: Any, span: Span) -> None:
+    def __init__(self, call: Any, span: Span, replica: Replica, accepted: worker_pb2.RunGenerationResponse) -> None:
+        self.replica = replica
+        self.usage = accepted.usage
+        self.limit = accepted.accepted.max_tokens
+        self.idle_seconds = math.inf  # without a message, after which it is given up; a prompt may take any time
         self._call = call
         self._span = span
+        self._heard = time.monotonic()
+        self._silent = False
+        self._closed = False
+        self._watch()
 
-    async def messages(self) -> AsyncIterator[worker_pb2.RunGenerationResponse]:
-        """Everything after the acceptance. Raises MeshError."""
+    async def read(self) -> worker_pb2.RunGenerationResponse | None:
+        """The next message after the acceptance; None after the last. Raises MeshError."""
         try:
-            while (message := await self._call.read()) is not grpc.aio.EOF:
-                yield message
+            message = await self._call.read()
         except grpc.RpcError as error:
-            failure = from_rpc_error(error)
+            failure = _lost() if error.code() == grpc.StatusCode.CANCELLED else from_rpc_error(error)
             fail(self._span, failure.reason)
             raise failure from None
+        except asyncio.CancelledError:
+            if not self._silent:
+                raise
+            fail(self._span, "silent")
+            raise _lost() from None
+        self._heard = time.monotonic()
+        return None if message is grpc.aio.EOF else message
 
-    async def close(self, work: Work) -> None:
+    def _watch(self) -> None:
+        """Give the call up once its worker says nothing for too long, or cannot be heard at all."""
+        quiet = time.monotonic() - self._heard
+        if quiet >= self.idle_seconds or (quiet >= _UNHEARD_SECONDS and self.replica.state is None):
+            log.warning("a worker's stream is silent", replica=self.replica.name, seconds=round(quiet, 1))
+            self._silent = True
+            self._call.cancel()
+            return
+        self._watching = asyncio.get_running_loop().call_later(_TICK_SECONDS, self._watch)
+
+    async def close(self, usage: pb.Usage) -> None:
         """Cancel what still runs; the worker frees its memory within a step."""
+        if self._closed:
+            return
+        self._closed = True
+        self._watching.cancel()
         self._call.cancel()
-        self._span.set_attribute(Name.INPUT_TOKENS, work.usage.prompt_tokens)
-        self._span.set_attribute(Name.CACHED_TOKENS, work.usage.cached_prompt_tokens)
-        self._span.set_attribute(Name.OUTPUT_TOKENS, work.usage.completion_tokens)
+        self._span.set_attribute(Name.INPUT_TOKENS, usage.prompt_tokens)
+        self._span.set_attribute(Name.CACHED_TOKENS, usage.cached_prompt_tokens)
+        self._span.set_attribute(Name.OUTPUT_TOKENS, usage.completion_tokens)
         self._span.end()
         with contextlib.suppress(grpc.RpcError):
             await self._call.code()
 
 
-async def dispatch(work: Work, fleet: Fleet) -> WorkerCall:
-    """Give the request to the least-loaded replica; if that one cannot take it, to the next.
+def _lost() -> MeshError:
+    return MeshError(Reason.ENGINE_LOST, "the worker ended its stream", retry_after=1.0)
 
-    Sets `work.replica`, the prompt's usage and the answer's limit. Raises MeshError: the last replica's.
-    """
-    work.choice = fleet.choose(work.generation.model)  # anew: loads have moved while the cache was asked
-    failure = MeshError(Reason.NO_REPLICA, "no replica of this model is ready", retry_after=1.0)
-    for replica in work.choice.replicas:
+
+class Dispatcher:
+    """Gives requests to replicas, within the router's budget for retries."""
+
+    def __init__(self, fleet: Fleet, retries: RetryBudget) -> None:
+        self._fleet = fleet
+        self.retries = retries
+
+    async def first(self, work: Work) -> WorkerCall:
+        """Give the request to the best replica; if that one cannot take it, to the next.
+
+        Sets `work.choice`, `work.replica`, the prompt's usage and the answer's limit. Raises MeshError: the last
+        replica's.
+        """
+        self.retries.note_request()
+        work.choice = self._fleet.choose(work.generation.model)  # anew: loads have moved while the cache was asked
+        request = _request(work)
+        call = await self.offer(work, work.choice.replicas, request)
+        work.usage = call.usage
+        work.completion_limit = call.limit
+        return call
+
+    def others(self, work: Work, lost: Collection[Replica]) -> list[Replica]:
+        """Replicas that can take the request now and have the weights it began with, best first; those that lost it
+        before come last. Empty where there is none."""
+        assert work.choice is not None  # noqa: S101
         try:
-            return await _offer(work, replica)
-        except MeshError as error:
-            if error.reason not in _ELSEWHERE:
-                raise
-            log.info("replica refused", replica=replica.name, reason=error.reason)
-            failure = error
-    raise failure
+            choice = self._fleet.choose(work.generation.model)
+        except MeshError:
+            return []
+        if choice.revision != work.choice.revision:
+            return []
+        return sorted(choice.replicas, key=lambda replica: replica in lost)
+
+    async def offer(
+        self, work: Work, replicas: Sequence[Replica], request: worker_pb2.RunGenerationRequest, *, free: bool = False
+    ) -> WorkerCall:
+        """The first of these replicas that takes it. `free`: however many must be tried, the budget is not asked.
+
+        Raises MeshError: the last replica's.
+        """
+        failure = MeshError(Reason.NO_REPLICA, "no replica of this model is ready", retry_after=1.0)
+        for number, replica in enumerate(replicas):
+            if number and not free and not self.retries.take("refused"):
+                break
+            try:
+                call = await _offer(work, replica, request)
+            except MeshError as error:
+                if error.reason not in ELSEWHERE:
+                    raise
+                log.info("replica refused", replica=replica.name, reason=error.reason)
+                failure = error
+            else:
+                work.note_replica(replica)
+                return call
+        raise failure
 
 
-async def _offer(work: Work, replica: Replica) -> WorkerCall:
+def _request(work: Work) -> worker_pb2.RunGenerationRequest:
+    """What a worker is asked. Token ids come back whether the caller wants them or not: another worker can go on from
+    them; and a seed goes with what is drawn, so that it goes on with the same draws."""
+    request = worker_pb2.RunGenerationRequest(
+        request_id=work.request_id,
+        generation=work.generation,
+        cache_salt=work.cache_salt,
+        resume_from=work.resume_from,
+        generated=work.made,
+        allow_control_tokens=work.key.raw_prompts,
+        tenant=work.key.tenant,
+    )
+    if work.choices == 1:
+        request.generation.return_token_ids = True
+    if (seed := work.seed) is not None:
+        request.generation.sampling.seed = seed
+    return request
+
+
+def again(work: Work, made: Sequence[int], offset: int) -> worker_pb2.RunGenerationRequest:
+    """As the first request, to go on behind `offset` tokens. `made` are all tokens so far; where they are not known,
+    the worker makes them anew: with the same seed they are the same."""
+    request = _request(work)
+    request.resume_from = offset
+    del request.generated[:]
+    request.generated.extend(made)
+    return request
+
+
+async def _offer(work: Work, replica: Replica, request: worker_pb2.RunGenerationRequest) -> WorkerCall:
     attributes = {
         Name.RPC_SYSTEM: "grpc",
         Name.RPC_SERVICE: _SERVICE,
@@ -80,14 +187,6 @@ async def _offer(work: Work, replica: Replica) -> WorkerCall:
         Name.REPLICA: replica.name,
     }
     span = tracer().start_span(f"{_SERVICE}/RunGeneration", kind=SpanKind.CLIENT, attributes=attributes)
-    request = worker_pb2.RunGenerationRequest(
-        request_id=work.request_id,
-        generation=work.generation,
-        cache_salt=work.cache_salt,
-        resume_from=work.resume_from,
-        allow_control_tokens=work.key.raw_prompts,
-        tenant=work.key.tenant,
-    )
     with trace.use_span(span, end_on_exit=False):
         call = replica.stub.RunGeneration(request, timeout=work.seconds_left(), metadata=outgoing_metadata())
     replica.note_sent()
@@ -104,10 +203,7 @@ async def _offer(work: Work, replica: Replica) -> WorkerCall:
             call.cancel()
             fail(span, "refused")
             span.end()
-    work.replica = replica
-    work.usage = first.usage or pb.Usage()
-    work.completion_limit = first.accepted.max_tokens
-    return WorkerCall(call, span)
+    return WorkerCall(call, span, replica, first)
 
 
 async def token_text(work: Work) -> str:

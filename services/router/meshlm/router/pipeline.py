@@ -16,12 +16,14 @@ from meshlm.chassis.telemetry import Name, span
 from meshlm.router.answers import Answers
 from meshlm.router.budget import Budget
 from meshlm.router.config import RouterConfig
-from meshlm.router.dispatch import WorkerCall, dispatch, token_text
+from meshlm.router.dispatch import Dispatcher, token_text
 from meshlm.router.fleet import Fleet
 from meshlm.router.guarding import Guards
 from meshlm.router.ledger import Ledger
 from meshlm.router.limits import Kind, LimitBook, Usage
 from meshlm.router.record import Recorder
+from meshlm.router.retries import RetryBudget
+from meshlm.router.survival import LastingCall
 from meshlm.router.work import Work
 from meshlm.v1 import cache_pb2, inference_pb2
 from meshlm.v1 import generation_pb2 as pb
@@ -41,6 +43,8 @@ class Pipeline:
         self._answers = answers
         self._guards = guards
         self._recorder = Recorder()
+        retries = RetryBudget(config.streams.retry_share, config.streams.retries_per_second)
+        self._dispatcher = Dispatcher(fleet, retries)
         self._settling: set[asyncio.Task[None]] = set()
 
     async def run(self, work: Work) -> AsyncGenerator[Response, None]:
@@ -156,9 +160,9 @@ class Pipeline:
 
     async def _generate(self, work: Work, screening: asyncio.Task[pb.Verdict | None]) -> AsyncGenerator[Response, None]:
         # Prefill and guard run at the same time; nothing leaves before the verdict.
-        dispatching = asyncio.create_task(dispatch(work, self._fleet))
+        dispatching = asyncio.create_task(self._dispatch(work))
         window = self._guards.open_output(work.request_id, work.key, work.generation.input)
-        call: WorkerCall | None = None
+        call: LastingCall | None = None
         try:
             work.input_verdict = await screening
             call = await dispatching
@@ -187,7 +191,10 @@ class Pipeline:
             window.close()
             call = call or await _abandon(dispatching)
             if call is not None:
-                await call.close(work)
+                await call.close()
+
+    async def _dispatch(self, work: Work) -> LastingCall:
+        return LastingCall(work, await self._dispatcher.first(work), self._dispatcher, self._config.streams)
 
     async def _open_budget(self, work: Work) -> Budget:
         assert work.reservation is not None  # noqa: S101
@@ -220,6 +227,8 @@ class Pipeline:
         start = inference_pb2.StreamStart(
             request_id=work.request_id, trace_id=work.trace_id, routing=_routing(work), input_verdict=work.input_verdict
         )
+        if work.lookup.answer is None and (seed := work.seed) is not None:
+            start.seed = seed
         if work.reservation is not None and (left := work.reservation.left):
             start.limits.MergeFrom(
                 inference_pb2.LimitState(
@@ -236,7 +245,7 @@ class Pipeline:
 
     def _end(self, work: Work) -> inference_pb2.StreamEnd:
         work.timing.total = work.elapsed()
-        return inference_pb2.StreamEnd(timing=work.timing, output_verdicts=work.output_verdicts)
+        return inference_pb2.StreamEnd(timing=work.timing, output_verdicts=work.output_verdicts, replicas=work.replicas)
 
     async def _settle(self, work: Work) -> None:
         """What went out is billed, the rest given back; the answer goes to the cache, the record to the log."""

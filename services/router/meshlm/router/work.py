@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meshlm.chassis.errors import MeshError, Reason, invalid
@@ -40,7 +43,11 @@ class Work:
     reservation: Reservation | None = None
     limit: str = ""  # that refused it, or ended its stream
     choice: Choice | None = None
-    replica: Replica | None = None
+    replica: Replica | None = None  # that computes, or was the last to
+    replicas: list[str] = field(default_factory=list)  # all that computed, in order
+    drawn: int = field(default_factory=lambda: secrets.randbits(64))  # the seed where the caller named none
+    made: array[int] = field(default_factory=lambda: array("I"))  # token ids of a single choice so far
+    known: bool = True  # whether `made` are all of them
     lookup: Lookup = field(default_factory=Lookup)
     input_verdict: pb.Verdict | None = None
     output_verdicts: list[pb.Verdict] = field(default_factory=list)
@@ -96,6 +103,14 @@ class Work:
         return self.generation.sampling.n if self.generation.sampling.HasField("n") else 1
 
     @property
+    def seed(self) -> int | None:
+        """The seed of what is drawn; None for a greedy request."""
+        sampling = self.generation.sampling
+        if sampling.HasField("seed"):
+            return sampling.seed
+        return None if is_deterministic(sampling) else self.drawn
+
+    @property
     def completion_at_most(self) -> int:
         """Most completion tokens that can come, over all choices."""
         asked = self.generation.sampling.max_tokens
@@ -143,6 +158,23 @@ class Work:
         if left <= 0:
             raise MeshError(Reason.DEADLINE, "the deadline passed")
         return left
+
+    def note_replica(self, replica: Replica) -> None:
+        """A replica took it."""
+        self.replica = replica
+        self.replicas.append(replica.name)
+
+    def keep_ids(self, skipped: Sequence[int], offset: int) -> None:
+        """The first chunk comes, behind `offset` tokens, which are `skipped` where the worker told them."""
+        if len(skipped) == offset:
+            self.made = array("I", skipped)
+        else:
+            self.made, self.known = self.made[:offset], len(self.made) >= offset
+
+    def take_ids(self, chunk: pb.Chunk) -> None:
+        """A worker made these tokens; not all of them need go out."""
+        self.made.extend(chunk.token_ids)
+        self.known = self.known and len(chunk.token_ids) == chunk.token_count
 
     def note_engine(self, timing: pb.Timing) -> None:
         """What the worker says of its own stages."""

@@ -78,6 +78,7 @@ class Choice:
         self.failure: MeshError | None = None
         self._plan = plan
         self._skipped = ""
+        self._skipped_ids: list[int] = []
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, continues=True)
         self._stops = StopStrings(plan.stops)
@@ -105,9 +106,10 @@ class Choice:
         chunk.token_offset = self.made - chunk.token_count
         return chunk if chunk.token_count or chunk.text or chunk.finish_reason else None
 
-    def take_skipped(self) -> str:
-        """Text of tokens that are not sent again, once: a guard must see it."""
-        skipped, self._skipped = self._skipped, ""
+    def take_skipped(self) -> tuple[str, list[int]]:
+        """Text and ids of tokens that are not sent again, once: a guard must see the text."""
+        skipped, self._skipped = (self._skipped, self._skipped_ids), ""
+        self._skipped_ids = []
         return skipped
 
     def _take_token(self, chunk: pb.Chunk, event: NewToken) -> None:
@@ -122,6 +124,8 @@ class Choice:
             self._put_token(chunk, event, text)
         else:
             self._skipped += text
+            if self._plan.return_token_ids:
+                self._skipped_ids.append(event.token)
         if self._stops.matched is not None:
             self._finish(chunk, pb.FINISH_REASON_STOP, self._stops.matched)
 
@@ -202,7 +206,8 @@ class Generation:
         yield worker_pb2.RunGenerationResponse(end=self._end(), usage=self.usage)
 
     def _told(self, choice: Choice, chunk: pb.Chunk) -> worker_pb2.RunGenerationResponse:
-        return worker_pb2.RunGenerationResponse(chunk=chunk, usage=self.usage, skipped_text=choice.take_skipped())
+        text, ids = choice.take_skipped()
+        return worker_pb2.RunGenerationResponse(chunk=chunk, usage=self.usage, skipped_text=text, skipped_token_ids=ids)
 
     @property
     def _complete(self) -> bool:

@@ -1,0 +1,182 @@
+"""Streams that outlive what computes them: real processes with the fake engine, killed and stopped in mid-stream."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from meshlm.chassis.errors import MeshError, Reason
+from meshlm.chassis.spans import read_trace
+from meshlm.mesh.client import End, Start, Text
+from tests.mesh.test_flows import ONE, TWO, Rig, running, until
+from tests.router.test_mesh_limits import LIMIT, limited, spent, told
+
+pytestmark = pytest.mark.mesh
+
+THREE = TWO + '[[mesh.workers]]\nname = "three"\n'
+SAMPLED = {"temperature": 1.0, "top_p": 0.9}
+
+
+@pytest.fixture(autouse=True)
+def no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that judges holds the fake's letters back until they are words: nothing is left to disturb then."""
+    monkeypatch.setenv("MESHLM__GUARD__MODEL", "rules")
+
+
+async def disturbed(rig: Rig, every: int, most: int, stream: Any, number: int = signal.SIGKILL) -> list[Any]:
+    """All events of a stream whose worker gets a signal after each `every` tokens, at most so many times."""
+    events: list[Any] = []
+    replica, struck, done = "", 0, 0
+    async for event in stream:
+        events.append(event)
+        if isinstance(event, Start):
+            replica = event.routing.replica
+        if isinstance(event, Text):
+            done += event.token_count
+            if struck < most and done >= every * (struck + 1):
+                struck += 1
+                for name in {replica} if struck == 1 else await busy(rig):
+                    os.kill(rig.mesh.pid(name), number)
+    assert struck == most
+    return events
+
+
+async def busy(rig: Rig) -> list[str]:
+    """Workers that compute something now."""
+    names = []
+    for process in rig.mesh.plan.processes:
+        if process.part == "worker" and rig.mesh._child(process.name).ready.is_set():
+            try:
+                load = await asyncio.wait_for(rig.load(process.name), 1)
+            except (TimeoutError, OSError):
+                continue
+            if load.running:
+                names.append(process.name)
+    return names
+
+
+def text_of(events: list[Any]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def gapless(events: list[Any]) -> bool:
+    offset = 0
+    for event in events:
+        if isinstance(event, Text):
+            if event.token_offset != offset:
+                return False
+            offset += event.token_count
+    return True
+
+
+@pytest.mark.parametrize("asked", [{}, {**SAMPLED, "seed": 7}], ids=["greedy", "seeded"])
+async def test_a_stream_whose_workers_are_killed_one_after_the_other_has_neither_gap_nor_repeat(asked: Any) -> None:
+    async with running(THREE) as rig:
+        for n in range(3):
+            question = f"hello {n}"
+            whole = await rig.text(question, cache="bypass", max_tokens=120, **asked)
+            stream = rig.stream(question, cache="bypass", max_tokens=120, **asked)
+            events = await disturbed(rig, 40, 2, stream)
+            assert text_of(events) == whole
+            assert gapless(events)
+            end = events[-1]
+            assert isinstance(end, End)
+            assert end.usage.completion_tokens == 120
+            assert end.finish_reasons == {0: "length"}
+            assert len(end.replicas) >= 2  # the second may have made it all before it was struck
+            assert all(not event.token_ids for event in events if isinstance(event, Text))  # nobody asked for them
+
+
+async def test_a_draw_without_a_seed_goes_on_with_the_seed_that_its_start_told() -> None:
+    async with running(TWO) as rig:
+        events = await disturbed(rig, 20, 1, rig.stream("hello", cache="bypass", **SAMPLED))
+        start = events[0]
+        assert isinstance(start, Start)
+        assert start.seed is not None
+        assert text_of(events) == await rig.text("hello", cache="bypass", seed=start.seed, **SAMPLED)
+        assert text_of(events) != await rig.text("hello", cache="bypass", seed=start.seed + 1, **SAMPLED)
+
+
+async def test_a_stop_string_across_the_seam_is_found_and_not_sent() -> None:
+    async with running(TWO) as rig:
+        whole = await rig.text("hello", cache="bypass", max_tokens=100)
+        for at in range(30, 60, 6):
+            stop = whole[at : at + 8]
+            events = await disturbed(rig, at - 10, 1, rig.stream("hello", cache="bypass", max_tokens=100, stop=[stop]))
+            assert text_of(events) == whole[: whole.index(stop)]
+            await rig.mesh.wait_ready("one")
+            await rig.mesh.wait_ready("two")
+
+
+async def test_a_lone_worker_that_is_killed_goes_on_when_it_is_back() -> None:
+    async with running(ONE, extra="[router.streams]\nresume_wait_seconds = 60.0\n") as rig:
+        whole = await rig.text("hello", cache="bypass")
+        events = await disturbed(rig, 20, 1, rig.stream("hello", cache="bypass"))
+        assert text_of(events) == whole
+
+
+async def test_a_killed_engine_costs_nothing_either() -> None:
+    async with running(TWO) as rig:
+        whole = await rig.text("hello", cache="bypass")
+        text, killed = "", False
+        async for event in rig.stream("hello", cache="bypass"):
+            if isinstance(event, Start):
+                replica, trace_id = event.routing.replica, event.trace_id
+            if isinstance(event, Text):
+                text += event.text
+                if event.token_offset >= 10 and not killed:
+                    killed = True
+                    rig.engine(replica).kill()
+        assert text == whole
+
+        def resumes() -> Any:
+            spans = read_trace(str(rig.folder.spans), trace_id)
+            return [s.attributes["meshlm.stream.resumes"] for s in spans if "meshlm.stream.resumes" in s.attributes]
+
+        await until(resumes)
+        assert resumes() == [1]
+
+
+async def test_a_stopped_worker_that_keeps_its_connection_is_taken_as_lost() -> None:
+    async with running(TWO, extra="[router.streams]\nidle_seconds = 1.0\n") as rig:
+        whole = await rig.text("hello", cache="bypass")
+        events = await disturbed(rig, 20, 1, rig.stream("hello", cache="bypass"), signal.SIGSTOP)
+        for name in ("one", "two"):
+            os.kill(rig.mesh.pid(name), signal.SIGCONT)
+        assert text_of(events) == whole
+        assert events[-1].replicas[0] != events[-1].replicas[1]
+
+
+async def test_a_request_that_ends_every_engine_does_not_take_them_all() -> None:
+    """The fake's engine is killed by this prompt at its fourth token, wherever it is computed."""
+    workers = "".join(f'[[mesh.workers]]\nname = "w{n}"\n' for n in range(4))
+    async with running(workers) as rig:
+        with pytest.raises(MeshError) as caught:
+            await rig.text("!kill", cache="bypass", max_tokens=200)
+        assert caught.value.reason == Reason.ENGINE_LOST
+        starts = [(await rig.load(f"w{n}")).counters.engine_starts for n in range(4)]
+        assert min(starts) == 1
+
+
+async def test_what_a_lost_worker_made_is_billed_once() -> None:
+    async with limited(f"micros_per_day = {LIMIT}", step=0.01, workers=TWO) as rig:
+        events = await disturbed(rig, 20, 1, rig.stream("hello", max_tokens=100, cache="bypass"))
+        end = events[-1]
+        assert end.usage.completion_tokens == 100
+        assert end.cost_micros == told(events)
+
+        async def settled() -> bool:
+            return await spent(rig) == told(events)
+
+        await until(settled)
+
+
+async def test_streams_of_several_choices_end_with_their_worker() -> None:
+    async with running(TWO) as rig:
+        with pytest.raises(MeshError) as caught:
+            await disturbed(rig, 20, 1, rig.stream("hello", cache="bypass", n=2, **SAMPLED))
+        assert caught.value.reason in (Reason.NO_REPLICA, Reason.ENGINE_LOST)
