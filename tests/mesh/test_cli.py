@@ -33,10 +33,13 @@ from meshlm.mesh.demo import Demo, DemoFailed
 from meshlm.mesh.model import PackagedModel
 from meshlm.mesh.show import SERVICES, SHARED
 from meshlm.router.config import KeyConfig, PriceConfig, TenantConfig
+from meshlm.router.route_config import RouteConfig, RuleConfig, TargetConfig
 from tests.mesh.fakes import KEY, WORDS, ScriptedRouter
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "mesh.toml"
 Captured = pytest.CaptureFixture[str]
+# Of the router's sections, those that deploy/mesh.toml has only examples of.
+ROUTER_KINDS = (KeyConfig, TenantConfig, PriceConfig, RouteConfig, RuleConfig, TargetConfig)
 
 
 @pytest.fixture(autouse=True)
@@ -208,9 +211,9 @@ class TestExample:
 
     @pytest.mark.parametrize("section", sorted(KINDS))
     def test_it_names_every_key(self, section: str) -> None:
-        told = set(re.findall(r"^#?([a-z_]+) = ", EXAMPLE.read_text(), flags=re.MULTILINE))
-        tables = {"keys", "policies", "workers", "tenants", "prices", "model_limits"}
-        kinds = [self.KINDS[section], *([KeyConfig, TenantConfig, PriceConfig] if section == "router" else [])]
+        told = set(re.findall(r"(?:^#?|[{,] )([a-z_]+) = ", EXAMPLE.read_text(), flags=re.MULTILINE))
+        tables = {"keys", "policies", "workers", "tenants", "prices", "model_limits", "routes", "rules"}
+        kinds = [self.KINDS[section], *(ROUTER_KINDS if section == "router" else [])]
         assert {name for kind in kinds for name in _keys(kind)} - tables <= told
 
 

@@ -250,10 +250,9 @@ class Mesh:
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, self._server(target))
         guard_pb2_grpc.add_GuardServiceServicer_to_server(self.guard, self._server(f"unix:{folder}/g"))
         cache_pb2_grpc.add_CacheServiceServicer_to_server(self.cache, self._server(f"unix:{folder}/c"))
-        self.config = RouterConfig(
-            workers=tuple(targets), guard=f"unix:{folder}/g", cache=f"unix:{folder}/c", keys=(holder,), **config
-        )
-        self.fleet = Fleet(targets, default_model="", aliases={"alias": "m"})
+        peers = {"workers": tuple(targets), "guard": f"unix:{folder}/g", "cache": f"unix:{folder}/c"}
+        self.config = RouterConfig(**peers, keys=(holder,), **{"aliases": {"alias": "m"}, **config})
+        self.fleet = Fleet(targets)
         self.guards, self.answers = Guards(self.config), Answers(self.config)
         self.ledger = Ledger(state, self.config)
         self.pipeline = Pipeline(

@@ -267,7 +267,7 @@ async def test_a_draining_replica_gets_none(mesh: Any) -> None:
 
 
 async def test_a_worker_that_falls_silent_is_not_sent_anything(mesh: Any) -> None:
-    fleet = Fleet(mesh.config.workers, default_model="", aliases={}, silence_seconds=0.2)
+    fleet = Fleet(mesh.config.workers, silence_seconds=0.2)
     fleet.start()
     await until(lambda: all(replica.usable for replica in fleet.replicas))
     mesh.workers[0].mute = True

@@ -66,6 +66,11 @@ class RoutingDecision(google.protobuf.message.Message):
     CANDIDATES_FIELD_NUMBER: builtins.int
     ARM_FIELD_NUMBER: builtins.int
     REGION_FIELD_NUMBER: builtins.int
+    REQUESTED_FIELD_NUMBER: builtins.int
+    MODEL_REASON_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    TOP_P_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Model that answers."""
     model_revision: builtins.str
@@ -80,9 +85,23 @@ class RoutingDecision(google.protobuf.message.Message):
     """Arm of a traffic split, if one decided."""
     region: builtins.str
     """Region in which it is computed."""
+    requested: builtins.str
+    """Name that the request asked for: a model, an alias or a route; empty where it named none."""
+    model_reason: builtins.str
+    """Why this model: `named`, `only_model`, `default`, `alias`, `rule`, `split`, `complexity`, or `fallback` where it
+    answers for another one.
+    """
+    temperature: builtins.float
+    """Temperature that a route set, where the request left all of its sampling unset."""
+    top_p: builtins.float
+    """The nucleus (`top_p`) that it set with it."""
     @property
     def candidates(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Replicas considered, best first."""
+
+    @property
+    def steps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RoutingStep]:
+        """What led to the model, in order."""
 
     def __init__(
         self,
@@ -95,10 +114,48 @@ class RoutingDecision(google.protobuf.message.Message):
         candidates: collections.abc.Iterable[builtins.str] | None = ...,
         arm: builtins.str = ...,
         region: builtins.str = ...,
+        requested: builtins.str = ...,
+        model_reason: builtins.str = ...,
+        steps: collections.abc.Iterable[global___RoutingStep] | None = ...,
+        temperature: builtins.float | None = ...,
+        top_p: builtins.float | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "arm", b"arm", "candidates", b"candidates", "model", b"model", "model_revision", b"model_revision", "reason", b"reason", "region", b"region", "replica", b"replica"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_temperature", b"_temperature", "_top_p", b"_top_p", "temperature", b"temperature", "top_p", b"top_p"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_temperature", b"_temperature", "_top_p", b"_top_p", "adapter", b"adapter", "arm", b"arm", "candidates", b"candidates", "model", b"model", "model_reason", b"model_reason", "model_revision", b"model_revision", "reason", b"reason", "region", b"region", "replica", b"replica", "requested", b"requested", "steps", b"steps", "temperature", b"temperature", "top_p", b"top_p"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_temperature", b"_temperature"]) -> typing.Literal["temperature"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_top_p", b"_top_p"]) -> typing.Literal["top_p"] | None: ...
 
 global___RoutingDecision = RoutingDecision
+
+@typing.final
+class RoutingStep(google.protobuf.message.Message):
+    """One step on the way from a name to a model."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    stage: builtins.str
+    """What decided: `default`, `alias`, `rule`, `permission`, `split`, `complexity`, `availability`, `fallback`, `sampling`
+    or `shadow`.
+    """
+    outcome: builtins.str
+    """What it decided, for a person."""
+    model: builtins.str
+    """Model that it is about; empty where it is about none."""
+    def __init__(
+        self,
+        *,
+        stage: builtins.str = ...,
+        outcome: builtins.str = ...,
+        model: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "outcome", b"outcome", "stage", b"stage"]) -> None: ...
+
+global___RoutingStep = RoutingStep
 
 @typing.final
 class LimitState(google.protobuf.message.Message):
@@ -418,21 +475,26 @@ class Model(google.protobuf.message.Message):
     CHAT_FIELD_NUMBER: builtins.int
     READY_REPLICAS_FIELD_NUMBER: builtins.int
     IS_DEFAULT_FIELD_NUMBER: builtins.int
+    TARGETS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name to ask for."""
     revision: builtins.str
-    """Digest of its weights."""
+    """Digest of its weights; empty for an alias or a route."""
     max_context: builtins.int
-    """Most tokens of input and answer together."""
+    """Most tokens of input and answer together; of an alias or a route, the least of its targets'."""
     chat: builtins.bool
     """Whether it has a chat template."""
     ready_replicas: builtins.int
-    """Replicas that serve it now."""
+    """Replicas that serve it now; of an alias or a route, all of its targets' together."""
     is_default: builtins.bool
     """Whether it is used where a request names none."""
     @property
     def adapters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Adapters that can be asked for."""
+
+    @property
+    def targets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Models that may answer, where the name is an alias or a route; empty for a model's own name."""
 
     def __init__(
         self,
@@ -444,8 +506,9 @@ class Model(google.protobuf.message.Message):
         chat: builtins.bool = ...,
         ready_replicas: builtins.int = ...,
         is_default: builtins.bool = ...,
+        targets: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "chat", b"chat", "is_default", b"is_default", "max_context", b"max_context", "name", b"name", "ready_replicas", b"ready_replicas", "revision", b"revision"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "chat", b"chat", "is_default", b"is_default", "max_context", b"max_context", "name", b"name", "ready_replicas", b"ready_replicas", "revision", b"revision", "targets", b"targets"]) -> None: ...
 
 global___Model = Model
 

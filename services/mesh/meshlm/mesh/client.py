@@ -62,6 +62,8 @@ class AsyncMesh:
             try:
                 async with aclosing(self._attempt(request, reader, ends_at, request_id)) as events:
                     async for event in events:
+                        if isinstance(event, Start):
+                            wanted.model = event.routing.model  # which an alias or a route may not lead to again
                         yield event
                 return
             except MeshError as error:

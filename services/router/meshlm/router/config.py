@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
+from meshlm.router.route_config import RouteConfig, check_callers, check_names
 from meshlm.router.streams_config import StreamsConfig
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -131,10 +132,12 @@ class RouterConfig:
     tenants: dict[str, TenantConfig] = field(default_factory=dict)
     # Prices by the model's name; a model without one costs nothing.
     prices: dict[str, PriceConfig] = field(default_factory=dict)
-    # Model of requests that name none; empty: the only model there is.
+    # Model, alias or route of requests that name none; empty: the only model there is.
     default_model: str = ""
-    # Other names of models.
+    # Other names of models or routes.
     aliases: dict[str, str] = field(default_factory=dict)
+    # Names that lead to a model by rules. docs/routing.md says how.
+    routes: dict[str, RouteConfig] = field(default_factory=dict)
     # Most tokens of an answer whose request sets no limit.
     default_max_tokens: int = 512
     # Largest input, bytes of UTF-8; no more than the guard takes (guard.max_input_chars).
@@ -168,10 +171,21 @@ class RouterConfig:
                 raise ValueError(f"two keys have the same {name}")
         if unheld := set(self.tenants) - {key.tenant for key in self.keys}:
             raise ValueError(f"tenants.{min(unheld)}: no key is of this tenant")
-        for name in {*self.prices, *self._limited_models()} & set(self.aliases):
-            raise ValueError(f"{name} is an alias: limits and prices are by a model's own name")
+        self._check_names()
         if not self.prices and any(limits.budgeted for limits in self.all_limits()):
             raise ValueError("a limit on money needs `prices`: without them nothing costs anything")
+
+    def _check_names(self) -> None:
+        check_names(self.aliases, self.routes)
+        check_callers(self.routes, {key.tenant for key in self.keys}, {key.id for key in self.keys})
+        kinds = {**dict.fromkeys(self.routes, "a route"), **dict.fromkeys(self.aliases, "an alias")}
+        for name in sorted({*self.prices, *self._limited_models()} & set(kinds)):
+            raise ValueError(f"{name} is {kinds[name]}: limits and prices are by a model's own name")
+        for number, key in enumerate(self.keys):
+            for name in sorted(set(key.models) & set(kinds)):
+                raise ValueError(
+                    f"keys[{number}].models: {name} is {kinds[name]}: a key's models are by their own names"
+                )
 
     def all_limits(self) -> Iterator[LimitConfig]:
         """Every holder's limits, over all models and on single ones."""

@@ -72,17 +72,8 @@ class Choice:
 class Fleet:
     """All workers of the configuration. Keeps no facts but what workers push."""
 
-    def __init__(
-        self,
-        targets: Iterable[str],
-        *,
-        default_model: str,
-        aliases: dict[str, str],
-        silence_seconds: float = _SILENCE_SECONDS,
-    ) -> None:
+    def __init__(self, targets: Iterable[str], *, silence_seconds: float = _SILENCE_SECONDS) -> None:
         self.replicas = [Replica(target) for target in targets]
-        self._default_model = default_model
-        self._aliases = aliases
         self._silence_seconds = silence_seconds
         self._watches: list[asyncio.Task[None]] = []
 
@@ -99,8 +90,7 @@ class Fleet:
             await replica.channel.close()
 
     def resolve(self, name: str) -> str:
-        """The model a request means. Raises MeshError MODEL_UNKNOWN."""
-        name = self._aliases.get(name, name) or self._default_model
+        """The model of this name; of none, the only one there is. Raises MeshError MODEL_UNKNOWN."""
         served = {r.state.model.name for r in self.replicas if r.state is not None}
         if not name and len(served) == 1:
             return next(iter(served))
@@ -110,6 +100,10 @@ class Fleet:
         if name not in served and all(r.state is not None for r in self.replicas):
             raise MeshError(Reason.MODEL_UNKNOWN, "no worker serves this model", metadata={"model": name[:128]})
         return name
+
+    def ready(self, model: str) -> bool:
+        """Whether some replica of it takes requests."""
+        return any(r.usable and r.state is not None and r.state.model.name == model for r in self.replicas)
 
     def choose(self, model: str) -> Choice:
         """Least-loaded order over the replicas that take requests. Raises MeshError NO_REPLICA."""

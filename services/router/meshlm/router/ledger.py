@@ -126,6 +126,11 @@ class Ledger:
                 return False
             return bool(answer[0] == 1)
 
+    async def void(self, reservation: Reservation) -> None:
+        """Give all of it back, the request too: another reservation stands for it from now on. Idempotent."""
+        reservation.void = True
+        await self.settle(reservation, Usage())
+
     def refuse_stream(self, error: MeshError, terms: Terms) -> None:
         """Count a stream that went as far as its limits let it."""
         self._count_refusal(error, terms, "stream")

@@ -13,7 +13,7 @@ from opentelemetry import trace
 
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.telemetry import Name, span
-from meshlm.router.answers import Answers
+from meshlm.router.answers import Answers, Lookup
 from meshlm.router.budget import Budget
 from meshlm.router.config import RouterConfig
 from meshlm.router.dispatch import Dispatcher, token_text
@@ -23,6 +23,7 @@ from meshlm.router.ledger import Ledger
 from meshlm.router.limits import Kind, LimitBook, Usage
 from meshlm.router.record import Recorder
 from meshlm.router.retries import RetryBudget
+from meshlm.router.routes import Routes
 from meshlm.router.survival import LastingCall
 from meshlm.router.work import Work
 from meshlm.v1 import cache_pb2, inference_pb2
@@ -40,6 +41,7 @@ class Pipeline:
         self._ledger = ledger
         self._book = LimitBook(config)
         self._fleet = fleet
+        self.routes = Routes(config, fleet)
         self._answers = answers
         self._guards = guards
         self._recorder = Recorder()
@@ -52,7 +54,7 @@ class Pipeline:
         try:
             self._resolve(work)
             await self._admit(work)
-            self._choose(work)
+            await self._choose(work)
             screening = asyncio.create_task(self._screen(work))
             try:
                 await self._look_up(work, screening)
@@ -82,11 +84,30 @@ class Pipeline:
 
     def _resolve(self, work: Work) -> None:
         """The model that is meant: limits and prices may be of one model."""
-        model = self._fleet.resolve(work.generation.model)
-        if work.key.models and model not in work.key.models:
-            raise MeshError(Reason.KEY_NOT_ALLOWED, "this key may not use this model", metadata={"model": model})
-        work.generation.model = model
-        work.terms = self._book.terms(work.key, model, work.weight)
+        work.route = self.routes.resolve(work.query)
+        self._bind(work)
+
+    def _bind(self, work: Work) -> None:
+        assert work.route is not None  # noqa: S101
+        work.generation.model = work.route.model
+        work.terms = self._book.terms(work.key, work.route.model, work.weight)
+
+    async def _fall_back(self, work: Work, error: MeshError) -> bool:
+        """Go on with the route's next model, under the limits and prices of that one; False where there is none.
+
+        Raises MeshError where the limits refuse it.
+        """
+        assert work.route is not None  # noqa: S101
+        if not self.routes.fall_back(work.route, error):
+            return False
+        held, work.reservation = work.reservation, None
+        if held is not None:
+            await self._shielded(self._ledger.void(held))
+        lookup, work.lookup = work.lookup, Lookup()  # what the cache was asked for is another model's answer
+        await self._answers.release(lookup)
+        self._bind(work)
+        await self._admit(work)
+        return True
 
     async def _admit(self, work: Work) -> None:
         assert work.terms is not None  # noqa: S101
@@ -114,8 +135,14 @@ class Pipeline:
                 current.set_attribute(Name.TOKENS_RESERVED, work.measure.tokens + work.reservation.granted)
         work.timing.admit = work.elapsed()
 
-    def _choose(self, work: Work) -> None:
-        work.choice = self._fleet.choose(work.generation.model)
+    async def _choose(self, work: Work) -> None:
+        while True:
+            try:
+                work.choice = self._fleet.choose(work.generation.model)
+                break
+            except MeshError as error:
+                if not await self._fall_back(work, error):
+                    raise
         current = trace.get_current_span()
         current.set_attribute(Name.CANDIDATES, [replica.name for replica in work.choice.replicas])
         current.set_attribute(Name.ROUTING_REASON, work.choice.reason)
@@ -194,7 +221,12 @@ class Pipeline:
                 await call.close()
 
     async def _dispatch(self, work: Work) -> LastingCall:
-        return LastingCall(work, await self._dispatcher.first(work), self._dispatcher, self._config.streams)
+        while True:
+            try:
+                return LastingCall(work, await self._dispatcher.first(work), self._dispatcher, self._config.streams)
+            except MeshError as error:
+                if not await self._fall_back(work, error):
+                    raise
 
     async def _open_budget(self, work: Work) -> Budget:
         assert work.reservation is not None  # noqa: S101
@@ -283,6 +315,8 @@ def _routing(work: Work) -> inference_pb2.RoutingDecision:
     choice = work.choice
     assert choice is not None  # noqa: S101
     decision = inference_pb2.RoutingDecision(model=choice.model, model_revision=choice.revision)
+    if work.route is not None:
+        work.route.tell(decision)
     if work.lookup.answer is not None:
         decision.reason = {"hit": "cache_hit", "shared": "cache_shared"}[work.lookup.outcome]
         return decision

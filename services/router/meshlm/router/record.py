@@ -7,6 +7,7 @@ from opentelemetry import trace
 from opentelemetry.util.types import AttributeValue
 
 from meshlm.chassis.telemetry import Name, meter
+from meshlm.router.routes import Decision
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 
@@ -28,8 +29,10 @@ class Recorder:
     def record(self, work: Work) -> None:
         """The request is over: metrics, the span's attributes, the audit line."""
         model = work.choice.model if work.choice is not None else ""
-        labels = {Name.REQUEST_MODEL: model, Name.OPERATION: "chat"}
-        self._requests.add(1, {**labels, Name.TENANT: work.key.tenant, "outcome": work.outcome})
+        route = work.route or Decision("", reason="")
+        labels = {Name.REQUEST_MODEL: model, Name.OPERATION: "chat", Name.ROUTING_ARM: route.arm}
+        outcome = {"outcome": work.outcome, Name.ROUTING_MODEL_REASON: route.reason}
+        self._requests.add(1, {**labels, Name.TENANT: work.key.tenant, **outcome})
         self._duration.record(work.elapsed(), labels)
         if first := work.timing.time_to_first_token:
             self._first.record(first, labels)
@@ -37,8 +40,8 @@ class Recorder:
                 self._each.record((work.elapsed() - first) / (work.usage.completion_tokens - 1), labels)
         if work.lookup.answer is None:
             self._count(work, {**labels, Name.TENANT: work.key.tenant})
-        self._annotate(work, model)
-        self._log(work, model)
+        self._annotate(work, route, model)
+        self._log(work, route, model)
 
     def _count(self, work: Work, labels: dict[str, str]) -> None:
         """Tokens and money of an answer that was made for this request."""
@@ -57,7 +60,7 @@ class Recorder:
         if cost := work.cost_micros:
             self._cost.add(cost, labels)
 
-    def _annotate(self, work: Work, model: str) -> None:
+    def _annotate(self, work: Work, route: Decision, model: str) -> None:
         finishes = [_finish(reason) for _, reason in sorted(work.finishes.items())]
         sampling = work.generation.sampling
         attributes: dict[str, AttributeValue] = {
@@ -66,6 +69,9 @@ class Recorder:
             Name.REQUEST_MODEL: model,
             Name.TENANT: work.key.tenant,
             Name.KEY_ID: work.key.id,
+            Name.ROUTING_REQUESTED: route.requested,
+            Name.ROUTING_MODEL_REASON: route.reason,
+            Name.ROUTING_STEPS: [" ".join(filter(None, (s.stage, s.model, s.outcome))) for s in route.steps],
             Name.CACHE_OUTCOME: work.lookup.outcome,
             Name.INPUT_TOKENS: work.usage.prompt_tokens,
             Name.CACHED_TOKENS: work.usage.cached_prompt_tokens,
@@ -79,19 +85,24 @@ class Recorder:
             attributes[Name.TEMPERATURE] = sampling.temperature
         if (cost := work.cost_micros) is not None:
             attributes[Name.COST_MICROS] = cost
+        if route.arm:
+            attributes[Name.ROUTING_ARM] = route.arm
         if work.limit:
             attributes[Name.LEDGER_LIMIT] = work.limit
         if work.replica is not None:
             attributes[Name.REPLICA] = work.replica.name
         trace.get_current_span().set_attributes(attributes)
 
-    def _log(self, work: Work, model: str) -> None:
+    def _log(self, work: Work, route: Decision, model: str) -> None:
         log.info(
             "request",
             outcome=work.outcome,
             key=work.key.id,
             tenant=work.key.tenant,
             model=model,
+            requested=route.requested,
+            model_reason=route.reason,
+            arm=route.arm,
             model_revision=work.choice.revision if work.choice is not None else "",
             replica=work.replica.name if work.replica is not None else "",
             cache=work.lookup.outcome,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meshlm.chassis.errors import MeshError, Reason
-from meshlm.router.limits import Kind, Limit, Line, Terms, Usage
+from meshlm.router.limits import MILLION, Kind, Limit, Line, Terms, Usage
 
 # No limit of the request counts its answer: it may go as far as it likes, and nothing is asked on the way.
 ENDLESS = 1 << 62
@@ -28,6 +28,7 @@ class Reservation:
     number: int = 0  # of the last operation
     touched: float = 0.0  # when that was, seconds of the ledger's clock
     settled: bool = False
+    void: bool = False  # is to hold nothing, not even the request
     doubtful: bool = False  # an answer of the ledger was lost: it may hold more than this router knows
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one operation at a time
 
@@ -41,6 +42,8 @@ class Reservation:
 
     def lines(self, usage: Usage) -> list[Line]:
         """What each limit is charged."""
+        if self.void:
+            return [Line(0, 0, MILLION if limit.kind.money else 1) for limit in self.terms.limits]
         pairs = zip(self.terms.limits, self._weights, strict=True)
         return [self.terms.line(limit, usage, weight) for limit, weight in pairs]
 

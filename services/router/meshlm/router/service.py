@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 import grpc
 
 from meshlm.chassis.calls import outgoing_metadata, request_id, seconds_left
-from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
+from meshlm.chassis.errors import from_rpc_error
 from meshlm.chassis.telemetry import current_trace_id
 from meshlm.chassis.validation import check_input
 from meshlm.router.config import RouterConfig
@@ -16,10 +16,11 @@ from meshlm.router.fleet import Fleet
 from meshlm.router.identity import KeyRing
 from meshlm.router.measure import measure
 from meshlm.router.pipeline import Pipeline
+from meshlm.router.routes import Query, listed_names
 from meshlm.router.work import Work, check_size
 from meshlm.v1 import inference_pb2 as pb
 from meshlm.v1 import inference_pb2_grpc, worker_pb2
-from meshlm.v1.generation_pb2 import Chunk
+from meshlm.v1.generation_pb2 import Chunk, Generation
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -28,6 +29,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._keys = keys
         self._fleet = fleet
         self._pipeline = pipeline
+        self._routes = pipeline.routes
 
     async def StreamGenerate(
         self, request: pb.StreamGenerateRequest, context: grpc.aio.ServicerContext
@@ -53,8 +55,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         key = self._keys.identify(context.invocation_metadata())
         models = self._fleet.models()
         default = self._config.default_model or (next(iter(models)) if len(models) == 1 else "")
-        listed = []
-        for name, replicas in sorted(models.items()):
+        listed = listed_names(self._routes.names(key), models, default)
+        for name, replicas in models.items():
             if key.models and name not in key.models:
                 continue
             model = next(r.state.model for r in replicas if r.state is not None)
@@ -69,17 +71,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     is_default=name == default,
                 )
             )
-        return pb.ListModelsResponse(models=listed)
+        return pb.ListModelsResponse(models=sorted(listed, key=lambda model: model.name))
 
     async def CountTokens(
         self, request: pb.CountTokensRequest, context: grpc.aio.ServicerContext
     ) -> pb.CountTokensResponse:
         key = self._keys.identify(context.invocation_metadata())
         check_input(request.input, "input")
-        check_size(measure(request.input), self._config, "input")
-        model = self._fleet.resolve(request.model)
-        if key.models and model not in key.models:
-            raise MeshError(Reason.KEY_NOT_ALLOWED, "this key may not use this model", metadata={"model": model})
+        check_size(measured := measure(request.input), self._config, "input")
+        generation = Generation(model=request.model, input=request.input)
+        model = self._routes.resolve(Query(generation, key, measured.tokens, request_id(), path="model")).model
         replica = self._fleet.choose(model).replicas[0]
         ask = worker_pb2.CountInputTokensRequest(input=request.input)
         timeout = seconds_left(context) or self._config.default_deadline_seconds

@@ -17,6 +17,7 @@ from meshlm.router.fleet import Choice, Replica
 from meshlm.router.limits import Terms, Usage
 from meshlm.router.measure import Measure, measure
 from meshlm.router.reservation import Reservation
+from meshlm.router.routes import Decision, Query
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
 
@@ -39,6 +40,7 @@ class Work:
     started: float  # seconds, time.perf_counter
     deadline: float  # same clock
     weight: float = 1.0  # tokens and concurrent streams are counted so many times, at least 1
+    route: Decision | None = None  # to its model
     terms: Terms | None = None  # once its model is known
     reservation: Reservation | None = None
     limit: str = ""  # that refused it, or ended its stream
@@ -109,6 +111,12 @@ class Work:
         if sampling.HasField("seed"):
             return sampling.seed
         return None if is_deterministic(sampling) else self.drawn
+
+    @property
+    def query(self) -> Query:
+        """What decides on its model."""
+        context = self.measure.tokens + self.generation.sampling.max_tokens
+        return Query(self.generation, self.key, context, self.request_id, resumed=self.resume_from > 0)
 
     @property
     def completion_at_most(self) -> int:

@@ -1,0 +1,137 @@
+"""Configuration of routes (section `router.routes.<name>`): names that lead to a model by rules."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+PriorityName = Literal["critical", "interactive", "standard", "batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """A model that a rule may lead to."""
+
+    # The model's own name, or an alias of it.
+    model: str
+    # Its part of the traffic, relative to the rule's other targets; 0: none.
+    weight: float = 1.0
+    # Name of this arm of the split, in decisions, metrics and the log; empty: the model's.
+    arm: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("model: must not be empty")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError("weight: must be a number of at least 0")
+
+    @property
+    def name(self) -> str:
+        """The arm's."""
+        return self.arm or self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleConfig:
+    """For which requests, and which models then. What is left empty fits every request."""
+
+    # The key's tenant is one of these.
+    tenants: tuple[str, ...] = ()
+    # The key is one of these, by id.
+    keys: tuple[str, ...] = ()
+    # The request has all of these labels, with these values.
+    labels: dict[str, str] = field(default_factory=dict)
+    # The request's priority, after the key's limit on it, is one of these.
+    priorities: tuple[PriorityName, ...] = ()
+    # Least tokens of context: the prompt's estimate and `max_tokens` together.
+    min_context: int = 0
+    # Most tokens of context; 0: any.
+    max_context: int = 0
+    # Models that share its traffic by weight.
+    targets: tuple[TargetConfig, ...] = ()
+    # Models that answer, in this order, where the chosen one is down or overloaded.
+    fallbacks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ValueError("targets: at least one is required")
+        if not any(target.weight for target in self.targets):
+            raise ValueError("targets: all weights are 0")
+        arms = Counter(target.name for target in self.targets)
+        if twice := [arm for arm, count in arms.items() if count > 1]:
+            raise ValueError(f"targets: two arms have the name {twice[0]}")
+        if self.min_context < 0 or self.max_context < 0:
+            raise ValueError("min_context and max_context: cannot be negative")
+        if self.max_context and self.max_context < self.min_context:
+            raise ValueError("max_context: is below min_context")
+
+    def models(self) -> Iterator[tuple[str, str]]:
+        """Every model named here, with the field that names it."""
+        for number, target in enumerate(self.targets):
+            yield f"targets[{number}].model", target.model
+        for number, model in enumerate(self.fallbacks):
+            yield f"fallbacks[{number}]", model
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether it fits every request."""
+        conditions = (self.tenants, self.keys, self.labels, self.priorities, self.min_context, self.max_context)
+        return not any(conditions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteConfig:
+    """A name to ask for, and what it leads to: the first rule that fits decides."""
+
+    # In the order in which they are tried.
+    rules: tuple[RuleConfig, ...]
+    # What stays on one arm of a split: a `session` (the key, where a request names none), a `key`, or only a `request`.
+    sticky: Literal["session", "key", "request"] = "session"
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise ValueError("rules: at least one is required")
+        for number, rule in enumerate(self.rules[:-1]):
+            if rule.unconditional:
+                raise ValueError(f"rules[{number + 1}]: is never reached, for rules[{number}] fits every request")
+
+    def models(self) -> Iterator[tuple[str, str]]:
+        """Every model named here, with the path of the field that names it."""
+        for number, rule in enumerate(self.rules):
+            for path, model in rule.models():
+                yield f"rules[{number}].{path}", model
+
+
+def check_names(aliases: Mapping[str, str], routes: Mapping[str, RouteConfig]) -> None:
+    """Raises ValueError with the path of a name that leads in a circle, or is two things at once."""
+    for name in aliases:
+        follow(name, aliases)
+    for name, route in routes.items():
+        if name in aliases:
+            raise ValueError(f"routes.{name}: is an alias, too")
+        for path, model in route.models():
+            if (end := follow(model, aliases)) in routes:
+                raise ValueError(f"routes.{name}.{path}: {end} is a route, and not a model")
+
+
+def check_callers(routes: Mapping[str, RouteConfig], tenants: set[str], keys: set[str]) -> None:
+    """Raises ValueError with the path of a rule for somebody who is not there."""
+    for name, route in routes.items():
+        for number, rule in enumerate(route.rules):
+            for kind, named, known in (("tenants", rule.tenants, tenants), ("keys", rule.keys, keys)):
+                if strangers := set(named) - known:
+                    what = "no key is of this tenant" if kind == "tenants" else "there is no such key"
+                    raise ValueError(f"routes.{name}.rules[{number}].{kind}: {min(strangers)}: {what}")
+
+
+def follow(name: str, aliases: Mapping[str, str]) -> str:
+    """What a name means in the end: a model or a route. Raises ValueError where aliases lead in a circle."""
+    path = [name]
+    while path[-1] in aliases:
+        if (after := aliases[path[-1]]) in path:
+            raise ValueError(f"aliases.{name}: leads in a circle: {' -> '.join([*path, after])}")
+        path.append(after)
+    return path[-1]

@@ -1,0 +1,185 @@
+"""Routes through the real router: two models behind real sockets, a real ledger; what a caller is told and charged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+from redis.asyncio import Redis
+from structlog.testing import capture_logs
+
+from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
+from meshlm.router.config import KeyConfig, LimitConfig, PriceConfig
+from meshlm.router.route_config import RouteConfig, RuleConfig, TargetConfig
+from meshlm.v1 import generation_pb2 as pb
+from meshlm.v1 import inference_pb2
+from tests.router.conftest import Mesh, key
+from tests.router.test_pipeline import collect, failure, text_of, until
+
+PRICES = {
+    "m": PriceConfig(prompt=1_000_000, completion=1_000_000),
+    "n": PriceConfig(prompt=2_000_000, completion=5_000_000),
+}
+
+
+def to(*models: str, fallbacks: tuple[str, ...] = (), **more: Any) -> RuleConfig:
+    targets = tuple(TargetConfig(model=model, arm=f"arm-{model}") for model in models)
+    return RuleConfig(targets=targets, fallbacks=fallbacks, **more)
+
+
+@pytest.fixture
+def router_config() -> dict[str, Any]:
+    return {
+        "prices": PRICES,
+        "routes": {
+            "safe": RouteConfig(rules=(to("m", fallbacks=("n",)),)),
+            "split": RouteConfig(rules=(to("m", "n"),)),
+            "long": RouteConfig(rules=(to("n", min_context=60), to("m"))),
+        },
+    }
+
+
+@pytest.fixture
+def holder() -> KeyConfig:
+    limited = {"n": LimitConfig(completion_tokens_per_minute=600)}
+    return key(requests_per_minute=600, tokens_per_minute=6000, model_limits=limited, raw_prompts=True)
+
+
+@pytest.fixture
+async def two(mesh: Mesh) -> Mesh:
+    """w0 serves `m`, w1 serves `n`."""
+    load = mesh.workers[1].load
+    load.model.name, load.model.revision = "n", "r2"
+    mesh.workers[1].changed.set()
+    await until(lambda: set(mesh.fleet.models()) == {"m", "n"})
+    return mesh
+
+
+async def charged(state: Redis, limit: str, per_minute: int) -> float:
+    """How many units a rate limit holds against the key now; a restart of the clock's worth is within a hundredth."""
+    arrival = int(await state.get(f"meshlm:{{t}}:key:k:{limit}") or 0)
+    seconds, micros = await state.time()
+    return max(0.0, arrival - seconds * 1_000_000 - micros) * per_minute / 60_000_000
+
+
+async def test_an_overloaded_models_request_is_answered_and_priced_by_its_fallback(two: Mesh) -> None:
+    two.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")
+    first, *middle, last = await collect(two.stream(model="safe"))
+    routing = first.start.routing
+    assert (routing.requested, routing.model, routing.model_revision, routing.replica) == ("safe", "n", "r2", "w1")
+    assert routing.model_reason == "fallback"
+    assert [step.stage for step in routing.steps] == ["rule", "availability", "fallback"]
+    assert text_of(middle) == "Hello big world"
+    assert last.end.cost_micros == 7 * 2 + 3 * 5
+    assert two.workers[1].requests[0].generation.model == "n"
+
+
+async def test_a_request_that_fell_back_counts_once_and_its_tokens_under_the_model_that_answered(
+    two: Mesh, state: Redis
+) -> None:
+    two.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")
+    await collect(two.stream(model="safe"))
+    assert 0 < await charged(state, "requests_per_minute", 600) <= 1
+    assert await charged(state, "tokens_per_minute", 6000) <= 10
+    assert 0 < await charged(state, "completion_tokens_per_minute:n", 600) <= 3
+
+
+async def test_a_fallback_beyond_its_own_limit_is_refused_and_nothing_stays_charged(two: Mesh, state: Redis) -> None:
+    two.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")
+    drained = {"n": LimitConfig(completion_tokens_per_minute=3)}
+    two.rekey((key(requests_per_minute=600, model_limits=drained),))
+    await collect(two.stream(model="n"))  # takes all there is
+    before = await charged(state, "requests_per_minute", 600)
+    error = await failure(two.stream(model="safe"))
+    assert (error.reason, error.metadata["model"]) == (Reason.RATE_LIMITED, "n")
+    assert await charged(state, "requests_per_minute", 600) <= before
+
+
+async def test_a_model_that_is_down_is_passed_over_before_anything_is_reserved(two: Mesh, state: Redis) -> None:
+    two.workers[0].load.ready = False
+    two.workers[0].changed.set()
+    await until(lambda: not two.fleet.ready("m"))
+    first, *_ = await collect(two.stream(model="safe"))
+    assert (first.start.routing.model, first.start.routing.model_reason) == ("n", "fallback")
+    assert two.workers[0].requests == []
+
+
+async def test_an_error_that_another_model_would_repeat_is_not_tried_there(two: Mesh) -> None:
+    two.workers[0].refusal = MeshError(Reason.CONTEXT_TOO_LONG, "too long")
+    assert (await failure(two.stream(model="safe"))).reason == Reason.CONTEXT_TOO_LONG
+    assert two.workers[1].requests == []
+
+
+async def test_a_fallbacks_answer_is_not_kept_as_the_other_models(two: Mesh) -> None:
+    two.workers[1].load.model.revision = "r1"  # as the other's: the name alone must keep them apart
+    two.workers[1].changed.set()
+    await until(lambda: two.fleet.choose("n").revision == "r1")
+    two.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")
+    await collect(two.stream(model="safe"))
+    assert two.cache.calls == ["look_up", "release"]
+    assert not two.cache.entries
+
+
+async def test_the_cache_is_asked_for_the_model_and_not_for_the_route(two: Mesh) -> None:
+    await collect(two.stream(model="safe"))
+    first, *_ = await collect(two.stream(model="m"))
+    assert first.start.routing.reason == "cache_hit"
+    assert {lookup.generation.model for lookup in two.cache.lookups} == {"m"}
+
+
+async def test_the_arm_is_in_the_decision_the_record_and_nowhere_for_a_named_model(two: Mesh) -> None:
+    with capture_logs() as logs:
+        starts = [(await collect(two.stream(model="split", session=f"s{n}")))[0].start for n in range(12)]
+        (plain, *_) = await collect(two.stream(model="m"))
+    arms = [start.routing.arm for start in starts]
+    assert set(arms) == {"arm-m", "arm-n"}
+    assert all(start.routing.arm == f"arm-{start.routing.model}" for start in starts)
+    lines = [line for line in logs if line["event"] == "request"]
+    assert [(line["arm"], line["model_reason"], line["requested"]) for line in lines[:-1]] == [
+        (arm, "split", "split") for arm in arms
+    ]
+    assert (plain.start.routing.arm, lines[-1]["arm"], lines[-1]["model_reason"]) == ("", "", "named")
+
+
+async def test_tokens_are_counted_by_the_model_that_the_route_leads_to(two: Mesh) -> None:
+    async def count(text: str) -> str:
+        chat = pb.Chat(messages=[pb.Message(role="user", content=text)])
+        request = inference_pb2.CountTokensRequest(model="long", input=pb.Input(chat=chat))
+        response = await two.stub.CountTokens(request, metadata=two.metadata)
+        return str(response.model)
+
+    assert await count("hi") == "m"
+    assert await count("hi " * 100) == "n"
+
+
+async def test_token_ids_are_counted_only_by_a_model_that_was_named(two: Mesh) -> None:
+    source = pb.Input(token_ids=pb.TokenIds(ids=[1, 2]))
+    with pytest.raises(grpc.RpcError) as caught:
+        request = inference_pb2.CountTokensRequest(model="safe", input=source)
+        await two.stub.CountTokens(request, metadata=two.metadata)
+    error = from_rpc_error(caught.value)
+    assert (error.reason, error.metadata["field"]) == (Reason.REQUEST_INVALID, "model")
+
+
+async def test_routes_are_listed_with_what_they_lead_the_key_to(two: Mesh) -> None:
+    async def listed() -> dict[str, Any]:
+        response = await two.stub.ListModels(inference_pb2.ListModelsRequest(), metadata=two.metadata)
+        return {model.name: model for model in response.models}
+
+    models = await listed()
+    assert sorted(models) == ["alias", "long", "m", "n", "safe", "split"]
+    assert (list(models["safe"].targets), models["safe"].ready_replicas) == (["m", "n"], 2)
+    assert (models["safe"].revision, list(models["m"].targets)) == ("", [])
+    two.rekey((key(models=("n",)),))
+    models = await listed()
+    assert sorted(models) == ["long", "n", "safe", "split"]
+    assert list(models["safe"].targets) == ["n"]
+
+
+async def test_a_key_gets_only_the_models_it_may_use_through_a_route(two: Mesh) -> None:
+    two.rekey((key(models=("n",)),))
+    first, *_ = await collect(two.stream(model="safe"))
+    assert first.start.routing.model == "n"
+    two.rekey((key(models=("other",)),))
+    assert (await failure(two.stream(model="safe"))).reason == Reason.KEY_NOT_ALLOWED
