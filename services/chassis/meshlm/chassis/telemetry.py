@@ -101,6 +101,14 @@ class Name:
     GUARD_DURATION = "meshlm.guard.duration"
     GUARD_JUDGE_FAILURES = "meshlm.guard.judge_failures"
     GUARD_FAILURE = "meshlm.guard.failure"
+    GUARD_MODEL = "meshlm.guard.model"
+    GUARD_MODEL_VERDICTS = "meshlm.guard.model_verdicts"
+    GUARD_MODEL_DURATION = "meshlm.guard.model_duration"
+    GUARD_MODEL_TOKENS = "meshlm.guard.model_tokens"
+    GUARD_CACHED = "meshlm.guard.cached"
+    GUARD_OUTCOME = "meshlm.guard.outcome"
+    GUARD_PANELS = "meshlm.guard.panels"
+    GUARD_PANEL = "meshlm.guard.panel"
     CACHE_LOOKUPS = "meshlm.cache.lookups"
     CACHE_STORES = "meshlm.cache.stores"
     CACHE_DURATION = "meshlm.cache.duration"
@@ -115,6 +123,7 @@ _CALLS = [0.0001 * 2**i for i in range(18)]
 _BUCKETS: Mapping[str, Sequence[float]] = {
     "rpc.server.duration": _CALLS,
     Name.GUARD_DURATION: _CALLS,
+    Name.GUARD_MODEL_DURATION: _CALLS,
     Name.CACHE_DURATION: _CALLS,
     Name.SERVER_DURATION: GENAI_DURATION,
     Name.SERVER_TTFT: GENAI_TTFT,

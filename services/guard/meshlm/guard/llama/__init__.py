@@ -1,0 +1,1 @@
+"""Llama Guard's protocol, over any model that a worker serves."""
