@@ -28,7 +28,7 @@ from meshlm.guard.config import PolicyConfig
 from meshlm.mesh import model
 from meshlm.mesh.cli import COMMANDS, run
 from meshlm.mesh.client import AsyncMesh
-from meshlm.mesh.config import MeshConfig
+from meshlm.mesh.config import MeshConfig, WorkerEntry
 from meshlm.mesh.demo import Demo, DemoFailed
 from meshlm.mesh.model import PackagedModel
 from meshlm.mesh.show import SERVICES, SHARED
@@ -213,7 +213,8 @@ class TestExample:
     def test_it_names_every_key(self, section: str) -> None:
         told = set(re.findall(r"(?:^#?|[{,] )([a-z_]+) = ", EXAMPLE.read_text(), flags=re.MULTILINE))
         tables = {"keys", "policies", "workers", "tenants", "prices", "model_limits", "routes", "rules"}
-        kinds = [self.KINDS[section], *(ROUTER_KINDS if section == "router" else [])]
+        below = {"router": ROUTER_KINDS, "guard": (PolicyConfig,), "mesh": (WorkerEntry,)}
+        kinds = [self.KINDS[section], *below.get(section, ())]
         assert {name for kind in kinds for name in _keys(kind)} - tables <= told
 
 

@@ -1,4 +1,4 @@
-"""What is asked about a conversation: all that is to be judged, in parts that fit, and no more questions than needed."""
+"""What is asked about a conversation: all that is to be judged, in parts that fit, in few questions."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ def test_a_verdict_is_read(text: str, verdict: Verdict) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "Safe", "safe.", "safe\nS1", "unsafe", "unsafe\n", "unsafe S1", "unsafe\nS1 S2", "unsafe\nS1,", "unsafe\ns1",
+        "", "Safe", "safe.", "safe\nS1", "unsafe", "unsafe\n", "unsafe S1", "unsafe\nS1 S2", "unsafe\nS1,",
+        "unsafe\ns1",
         "unsafe\nS1, S2", "unsafe\nS15", "unsafe\nO1", "unsafe\nS100", "safe unsafe\nS1", "unsafe\n\nS1", "not safe",
         "unsafe\nS1\nbecause", "I cannot judge this.", "unsafe\nS\u0661",
     ],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
+from meshlm.guard.llama.config import LlamaGuardConfig, PanelConfig
 
 Act = Literal["allow", "flag", "block"]
 DEFAULT_POLICY = "default"
@@ -74,10 +75,15 @@ class GuardConfig:
 
     # Where the service listens.
     server: ServerConfig = field(default_factory=lambda: ServerConfig(listen="127.0.0.1:50071"))
-    # What judges beside the rules. `embedded`: the small model that the guard ships; `rules`: nothing.
-    model: Literal["embedded", "rules"] = "embedded"
+    # What judges beside the rules. `embedded`: the small model that the guard ships; `rules`: nothing; or the name of a
+    # model that a worker serves (`llama_guard.workers`): it judges harm, and the embedded one attacks.
+    model: str = "embedded"
     # File of the embedded model, as `python -m meshlm.guard.train` writes it. Unset: the one that the guard ships.
     model_file: str | None = None
+    # How a model that a worker serves is asked.
+    llama_guard: LlamaGuardConfig = field(default_factory=LlamaGuardConfig)
+    # Other models that judge again where the first is unsure.
+    panel: PanelConfig = field(default_factory=PanelConfig)
     # Policies by name. `default` is used where a request names none; it exists even if it is not written.
     policies: Mapping[str, PolicyConfig] = field(default_factory=dict)
     # Longest input, characters over all messages.
@@ -93,3 +99,11 @@ class GuardConfig:
         for name in ("max_input_chars", "max_output_chars", "max_choices", "inline_chars"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0")
+        if not self.model:
+            raise ValueError("model: expected `embedded`, `rules` or a model's name")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that workers serve for the guard."""
+        first = () if self.model in ("embedded", "rules") else (self.model,)
+        return tuple(name for name in (*first, self.panel.second.model, self.panel.third.model) if name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -9,12 +10,12 @@ import grpc
 from opentelemetry import trace
 
 from meshlm.chassis import telemetry
-from meshlm.chassis.errors import invalid
+from meshlm.chassis.errors import MeshError, invalid
 from meshlm.chassis.life import Life
 from meshlm.chassis.telemetry import Name
 from meshlm.guard.config import GuardConfig
 from meshlm.guard.conversation import length_of, turns_of
-from meshlm.guard.judges import judge_of
+from meshlm.guard.judges import Judges
 from meshlm.guard.judging import Turn
 from meshlm.guard.policy import Policies, Policy, act_name
 from meshlm.guard.stream import OutputCheck
@@ -22,15 +23,16 @@ from meshlm.v1 import generation_pb2, guard_pb2, guard_pb2_grpc
 
 
 class GuardService(guard_pb2_grpc.GuardServiceServicer):
-    """GuardService by rules, and by the embedded model."""
+    """GuardService by rules, and by models."""
 
     name = "guard"
     background_methods: frozenset[str] = frozenset()
 
     def __init__(self, config: GuardConfig) -> None:
-        """Raises ArtefactError."""
+        """Raises ArtefactError and ConfigError."""
         self._config = config
-        self._policies = Policies(config.policies, judge_of(config), inline_chars=config.inline_chars)
+        self._judges = Judges(config)
+        self._policies = Policies(config.policies, self._judges.judge, inline_chars=config.inline_chars)
         meter = telemetry.meter()
         self._verdicts = meter.create_counter(Name.GUARD_VERDICTS, "1", "Verdicts by direction and action")
         self._findings = meter.create_counter(Name.GUARD_FINDINGS, "1", "Categories in verdicts")
@@ -42,15 +44,17 @@ class GuardService(guard_pb2_grpc.GuardServiceServicer):
 
     async def start(self, life: Life) -> None:
         """Run each path once, so that the first request does not pay for it."""
+        await self._judges.start()
         policy = self._policies.get("")
-        await policy.judge_input([Turn("user", "warm up, ïn two scripts")])
-        await policy.output_check().feed("warm up", last=True)
+        with contextlib.suppress(MeshError):  # a model that cannot be asked yet: its verdicts fail one by one
+            await policy.judge_input([Turn("user", "warm up, ïn two scripts")])
+            await policy.output_check().feed("warm up", last=True)
 
     async def drain(self) -> None:
         """Nothing: checks end with the answers they follow."""
 
     async def stop(self) -> None:
-        """Nothing is held."""
+        await self._judges.stop()
 
     async def CheckInput(
         self, request: guard_pb2.CheckInputRequest, context: grpc.aio.ServicerContext

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 
@@ -25,6 +26,9 @@ class WorkerEntry:
     # What differs from section `worker`: dotted keys below it, values as text as in the environment,
     # e.g. { model_path = "...", "server.grace_seconds" = "5" }.
     overrides: dict[str, str] = field(default_factory=dict)
+    # Who asks it. Empty: the guard alone, if its configuration names the worker's model and another worker is left to
+    # the router; else the router, and the guard if it needs it.
+    used_by: tuple[Literal["router", "guard"], ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

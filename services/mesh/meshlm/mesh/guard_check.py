@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from dataclasses import replace
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,7 +15,8 @@ from meshlm.guard.artefact import ArtefactError
 from meshlm.guard.config import GuardConfig
 from meshlm.guard.embedded_judge import EmbeddedJudge
 from meshlm.guard.explain import Explanation, explain
-from meshlm.guard.judges import judge_of
+from meshlm.guard.judges import Judges
+from meshlm.guard.llama.config import PanelConfig
 from meshlm.guard.policy import Policies, act_name
 from meshlm.mesh.settings import add_config_arguments, read_settings
 from meshlm.mesh.terminal import open_console
@@ -34,14 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`meshlm guard check`: 0, whatever the verdict."""
     config = read_settings(arguments).source.section("guard", GuardConfig)
+    named = config.models
     try:
-        judge = judge_of(config)
+        judge = Judges(replace(config, model="embedded" if named else config.model, panel=PanelConfig())).judge
     except ArtefactError as error:
         raise ConfigError(f"guard.model_file: {error}") from None
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
     policy = Policies(config.policies, judge).get(arguments.policy)
     model = judge.model if isinstance(judge, EmbeddedJudge) else None
-    _show(asyncio.run(explain(policy, model, text)), text, open_console())
+    console = open_console()
+    _show(asyncio.run(explain(policy, model, text)), text, console)
+    if named:
+        console.print(f"not asked: {escape(', '.join(named))}, which the mesh's workers serve", style="dim")
     return 0
 
 

@@ -142,7 +142,7 @@ class LocalMesh:
 
     async def _workers_known(self) -> None:
         """Until the router has heard of every worker, so that the first request finds them all."""
-        workers = sum(process.part == "worker" for process in self.plan.processes)
+        workers = sum(process.part == "worker" and "router" in process.used_by for process in self.plan.processes)
         if not self.key:
             return
         async with open_channel(self.target) as channel:

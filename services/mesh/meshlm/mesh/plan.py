@@ -6,11 +6,13 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from meshlm.chassis.config import PATH_VARIABLE, PREFIX, ConfigError, Source, StateConfig
+from meshlm.guard.config import GuardConfig
+from meshlm.mesh.assignment import model_name, users
 from meshlm.mesh.config import MeshConfig, WorkerEntry
 from meshlm.mesh.model import SMOLLM2, model_path
 from meshlm.mesh.state import StateFolder
@@ -33,6 +35,8 @@ class ProcessPlan:
     address: str
     # host:port of the admin port; empty: none.
     admin: str = ""
+    # Of a worker: who asks it.
+    used_by: tuple[str, ...] = ("router",)
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,9 @@ class Planner:
         guard = [self._service("guard", "guard", {})] if self._said("router.guard") != "" else []
         cache = [self._service("cache", "cache", {})] if self._said("router.cache") != "" else []
         entries = self._config.workers or (WorkerEntry("worker"),)
-        workers = [self._worker(entry) for entry in entries]
-        router = self._router(guard, cache, workers, router_admin, key)
+        workers = self._workers(entries, self._guard_models if guard else ())
+        guard = [self._with_workers(process, workers) for process in guard]
+        router = self._router(guard, cache, [w for w in workers if "router" in w.used_by], router_admin, key)
         stages = [[*guard, *cache, *workers, router]]
         return MeshPlan([valkey, *stages] if valkey else stages, router.address, key if self.needs_key else "")
 
@@ -109,21 +114,45 @@ class Planner:
         # fmt: on
         return [ProcessPlan("valkey", "valkey", command, {}, url)]
 
+    def _workers(self, entries: Sequence[WorkerEntry], models: Sequence[str]) -> list[ProcessPlan]:
+        workers = [self._worker(entry) for entry in entries]
+        served = [model_name(self._settled(w, "model"), self._settled(w, "model_path")) for w in workers]
+        return [replace(w, used_by=by) for w, by in zip(workers, users(entries, served, models), strict=True)]
+
+    def _settled(self, worker: ProcessPlan, key: str) -> str | None:
+        """What a worker will read of a text field."""
+        return worker.environment.get(variable("worker", key)) or self._said(f"worker.{key}")
+
     def _worker(self, entry: WorkerEntry) -> ProcessPlan:
         overrides = {variable("worker", *key.split(".")): value for key, value in entry.overrides.items()}
         extra = dict(overrides)
         if self._said("worker.name") is None or self._config.workers:
             extra.setdefault(variable("worker", "name"), entry.name)
-        if self._engine(overrides) != "fake" and not self._settled("model_path", overrides):
+        if self._engine(overrides) != "fake" and not self._given("model_path", overrides):
             extra[variable("worker", "model_path")] = str(model_path())
-            if not self._settled("model", overrides):
+            if not self._given("model", overrides):
                 extra[variable("worker", "model")] = SMOLLM2.name
         return self._service(entry.name, "worker", extra)
+
+    @property
+    def _guard_models(self) -> tuple[str, ...]:
+        return self._source.section("guard", GuardConfig).models
+
+    def _with_workers(self, guard: ProcessPlan, workers: Sequence[ProcessPlan]) -> ProcessPlan:
+        """The guard, told of the workers that serve its models. Raises ConfigError for one that none serves."""
+        key = "guard.llama_guard.workers"
+        if not self._guard_models or self._source.origin(key) != "default":
+            return guard
+        asked = [worker for worker in workers if "guard" in worker.used_by]
+        if not asked:
+            raise ConfigError(f"{key}: empty, and no entry of mesh.workers serves {', '.join(self._guard_models)}")
+        targets = ", ".join(_quoted(worker.address) for worker in asked)
+        return replace(guard, environment={**guard.environment, variable(*key.split(".")): f"[{targets}]"})
 
     def _engine(self, overrides: Mapping[str, str]) -> str | None:
         return overrides.get(variable("worker", "engine")) or self._said("worker.engine")
 
-    def _settled(self, key: str, overrides: Mapping[str, str]) -> bool:
+    def _given(self, key: str, overrides: Mapping[str, str]) -> bool:
         return variable("worker", key) in overrides or self._said(f"worker.{key}") is not None
 
     def _router(
