@@ -104,10 +104,10 @@ class Panel:
 
     def _counted(self, votes: list[Opinion]) -> tuple[Opinion, Outcome]:
         """What the votes come to. An odd number has its middle score: it lies on the side of most."""
-        if len(votes) == 1:
-            return votes[0], "skipped"
         agreed = len({self._unsafe(vote) for vote in votes}) == 1
-        outcome: Outcome = "decided" if len(votes) > 2 else "agreed" if agreed else "held"
+        outcome: Outcome = "skipped" if len(votes) == 1 else "decided" if len(votes) > 2 else "agreed"
+        if outcome == "agreed" and not agreed:
+            outcome = "held"
         score = 1.0 if outcome == "held" else (median if len(votes) % 2 else fmean)(vote.score for vote in votes)
         # Who voted as the panel decides, the first before others; of a held text, who calls it harmful.
         voices = [vote for vote in votes if self._unsafe(vote) == (score >= self._config.unsafe_score)]
