@@ -238,7 +238,8 @@ async def test_a_refusing_replica_passes_the_request_to_the_next(mesh: Any) -> N
     for number in range(4):
         responses = await collect(mesh.stream(f"hi {number}"))
         assert responses[0].start.routing.replica == "w1"
-    mesh.workers[1].refusal = MeshError(Reason.OVERLOADED, "full", retry_after=2)
+    for worker in mesh.workers:
+        worker.refusal = MeshError(Reason.OVERLOADED, "full", retry_after=2)
     error = await failure(mesh.stream("again"))
     assert (error.reason, error.retry_after) == (Reason.OVERLOADED, 2)
 

@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
+from meshlm.router.choosing import Wanted
 from meshlm.router.config import KeyConfig, LimitConfig, PriceConfig
 from meshlm.router.route_config import RouteConfig, RuleConfig, TargetConfig
 from meshlm.v1 import generation_pb2 as pb
@@ -114,7 +115,7 @@ async def test_an_error_that_another_model_would_repeat_is_not_tried_there(two: 
 async def test_a_fallbacks_answer_is_not_kept_as_the_other_models(two: Mesh) -> None:
     two.workers[1].load.model.revision = "r1"  # as the other's: the name alone must keep them apart
     two.workers[1].changed.set()
-    await until(lambda: two.fleet.choose("n").revision == "r1")
+    await until(lambda: two.fleet.choose(Wanted(model="n")).revision == "r1")
     two.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")
     await collect(two.stream(model="safe"))
     assert two.cache.calls == ["look_up", "release"]

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from meshlm.v1 import generation_pb2 as meshlm_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19meshlm/v1/inference.proto\x12\tmeshlm.v1\x1a\x1ameshlm/v1/generation.proto\"}\n\x15StreamGenerateRequest\x12)\n\ngeneration\x18\x01 \x01(\x0b\x32\x15.meshlm.v1.Generation\x12\x13\n\x0bresume_from\x18\x02 \x01(\r\x12\x11\n\tresumable\x18\x03 \x01(\x08\x12\x11\n\tresume_of\x18\x04 \x01(\t\"\xb3\x02\n\x0fRoutingDecision\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x0f\n\x07replica\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x12\n\ncandidates\x18\x06 \x03(\t\x12\x0b\n\x03\x61rm\x18\x07 \x01(\t\x12\x0e\n\x06region\x18\x08 \x01(\t\x12\x11\n\trequested\x18\t \x01(\t\x12\x14\n\x0cmodel_reason\x18\n \x01(\t\x12%\n\x05steps\x18\x0b \x03(\x0b\x32\x16.meshlm.v1.RoutingStep\x12\x18\n\x0btemperature\x18\x0c \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\r \x01(\x02H\x01\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_p\"<\n\x0bRoutingStep\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\"\xb6\x03\n\nLimitState\x12\x1f\n\x12requests_remaining\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x10tokens_remaining\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12$\n\x17prompt_tokens_remaining\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12(\n\x1b\x63ompletion_tokens_remaining\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x1e\n\x11streams_remaining\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12!\n\x14\x64\x61y_micros_remaining\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12#\n\x16month_micros_remaining\x18\x07 \x01(\x04H\x06\x88\x01\x01\x42\x15\n\x13_requests_remainingB\x13\n\x11_tokens_remainingB\x1a\n\x18_prompt_tokens_remainingB\x1e\n\x1c_completion_tokens_remainingB\x14\n\x12_streams_remainingB\x17\n\x15_day_micros_remainingB\x19\n\x17_month_micros_remaining\"\xce\x01\n\x0bStreamStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12+\n\x07routing\x18\x03 \x01(\x0b\x32\x1a.meshlm.v1.RoutingDecision\x12)\n\rinput_verdict\x18\x04 \x01(\x0b\x32\x12.meshlm.v1.Verdict\x12%\n\x06limits\x18\x05 \x01(\x0b\x32\x15.meshlm.v1.LimitState\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"\x97\x01\n\tStreamEnd\x12!\n\x06timing\x18\x01 \x01(\x0b\x32\x11.meshlm.v1.Timing\x12+\n\x0foutput_verdicts\x18\x02 \x03(\x0b\x32\x12.meshlm.v1.Verdict\x12\x18\n\x0b\x63ost_micros\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08replicas\x18\x04 \x03(\tB\x0e\n\x0c_cost_micros\"\xb3\x01\n\x16StreamGenerateResponse\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.meshlm.v1.StreamStartH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.ChunkH\x00\x12#\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x14.meshlm.v1.StreamEndH\x00\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.meshlm.v1.UsageB\x07\n\x05\x65vent\"<\n\x0fGenerateRequest\x12)\n\ngeneration\x18\x01 \x01(\x0b\x32\x15.meshlm.v1.Generation\"\xc3\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.meshlm.v1.PositionLogprobs\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.meshlm.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x06 \x01(\tH\x00\x88\x01\x01\x42\x0f\n\r_matched_stop\"\xa1\x01\n\x10GenerateResponse\x12%\n\x05start\x18\x01 \x01(\x0b\x32\x16.meshlm.v1.StreamStart\x12\"\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x11.meshlm.v1.Choice\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.meshlm.v1.Usage\x12!\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x14.meshlm.v1.StreamEnd\"\x13\n\x11ListModelsRequest\"\x99\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x10\n\x08\x61\x64\x61pters\x18\x04 \x03(\t\x12\x0c\n\x04\x63hat\x18\x05 \x01(\x08\x12\x16\n\x0eready_replicas\x18\x06 \x01(\r\x12\x12\n\nis_default\x18\x07 \x01(\x08\x12\x0f\n\x07targets\x18\x08 \x03(\t\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.meshlm.v1.Model\"D\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.Input\";\n\x13\x43ountTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t2\xc9\x02\n\x10InferenceService\x12W\n\x0eStreamGenerate\x12 .meshlm.v1.StreamGenerateRequest\x1a!.meshlm.v1.StreamGenerateResponse0\x01\x12\x43\n\x08Generate\x12\x1a.meshlm.v1.GenerateRequest\x1a\x1b.meshlm.v1.GenerateResponse\x12I\n\nListModels\x12\x1c.meshlm.v1.ListModelsRequest\x1a\x1d.meshlm.v1.ListModelsResponse\x12L\n\x0b\x43ountTokens\x12\x1d.meshlm.v1.CountTokensRequest\x1a\x1e.meshlm.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19meshlm/v1/inference.proto\x12\tmeshlm.v1\x1a\x1ameshlm/v1/generation.proto\"}\n\x15StreamGenerateRequest\x12)\n\ngeneration\x18\x01 \x01(\x0b\x32\x15.meshlm.v1.Generation\x12\x13\n\x0bresume_from\x18\x02 \x01(\r\x12\x11\n\tresumable\x18\x03 \x01(\x08\x12\x11\n\tresume_of\x18\x04 \x01(\t\"\xdd\x02\n\x0fRoutingDecision\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x0f\n\x07replica\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x12\n\ncandidates\x18\x06 \x03(\t\x12\x0b\n\x03\x61rm\x18\x07 \x01(\t\x12\x0e\n\x06region\x18\x08 \x01(\t\x12\x11\n\trequested\x18\t \x01(\t\x12\x14\n\x0cmodel_reason\x18\n \x01(\t\x12%\n\x05steps\x18\x0b \x03(\x0b\x32\x16.meshlm.v1.RoutingStep\x12\x18\n\x0btemperature\x18\x0c \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\r \x01(\x02H\x01\x88\x01\x01\x12(\n\nconsidered\x18\x0e \x03(\x0b\x32\x14.meshlm.v1.CandidateB\x0e\n\x0c_temperatureB\x08\n\x06_top_p\"\xa9\x01\n\tCandidate\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0e\n\x06region\x18\x02 \x01(\t\x12\x1e\n\x11predicted_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x0c\n\x04load\x18\x05 \x01(\r\x12\x0e\n\x06weight\x18\x06 \x01(\x01\x12\x10\n\x08\x65xcluded\x18\x07 \x01(\tB\x14\n\x12_predicted_seconds\"<\n\x0bRoutingStep\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\"\xb6\x03\n\nLimitState\x12\x1f\n\x12requests_remaining\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x10tokens_remaining\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12$\n\x17prompt_tokens_remaining\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12(\n\x1b\x63ompletion_tokens_remaining\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x1e\n\x11streams_remaining\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12!\n\x14\x64\x61y_micros_remaining\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12#\n\x16month_micros_remaining\x18\x07 \x01(\x04H\x06\x88\x01\x01\x42\x15\n\x13_requests_remainingB\x13\n\x11_tokens_remainingB\x1a\n\x18_prompt_tokens_remainingB\x1e\n\x1c_completion_tokens_remainingB\x14\n\x12_streams_remainingB\x17\n\x15_day_micros_remainingB\x19\n\x17_month_micros_remaining\"\xce\x01\n\x0bStreamStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12+\n\x07routing\x18\x03 \x01(\x0b\x32\x1a.meshlm.v1.RoutingDecision\x12)\n\rinput_verdict\x18\x04 \x01(\x0b\x32\x12.meshlm.v1.Verdict\x12%\n\x06limits\x18\x05 \x01(\x0b\x32\x15.meshlm.v1.LimitState\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"\x97\x01\n\tStreamEnd\x12!\n\x06timing\x18\x01 \x01(\x0b\x32\x11.meshlm.v1.Timing\x12+\n\x0foutput_verdicts\x18\x02 \x03(\x0b\x32\x12.meshlm.v1.Verdict\x12\x18\n\x0b\x63ost_micros\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08replicas\x18\x04 \x03(\tB\x0e\n\x0c_cost_micros\"\xb3\x01\n\x16StreamGenerateResponse\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.meshlm.v1.StreamStartH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.ChunkH\x00\x12#\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x14.meshlm.v1.StreamEndH\x00\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.meshlm.v1.UsageB\x07\n\x05\x65vent\"<\n\x0fGenerateRequest\x12)\n\ngeneration\x18\x01 \x01(\x0b\x32\x15.meshlm.v1.Generation\"\xc3\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.meshlm.v1.PositionLogprobs\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.meshlm.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x06 \x01(\tH\x00\x88\x01\x01\x42\x0f\n\r_matched_stop\"\xa1\x01\n\x10GenerateResponse\x12%\n\x05start\x18\x01 \x01(\x0b\x32\x16.meshlm.v1.StreamStart\x12\"\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x11.meshlm.v1.Choice\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.meshlm.v1.Usage\x12!\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x14.meshlm.v1.StreamEnd\"\x13\n\x11ListModelsRequest\"\x99\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x10\n\x08\x61\x64\x61pters\x18\x04 \x03(\t\x12\x0c\n\x04\x63hat\x18\x05 \x01(\x08\x12\x16\n\x0eready_replicas\x18\x06 \x01(\r\x12\x12\n\nis_default\x18\x07 \x01(\x08\x12\x0f\n\x07targets\x18\x08 \x03(\t\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.meshlm.v1.Model\"D\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.Input\";\n\x13\x43ountTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t2\xc9\x02\n\x10InferenceService\x12W\n\x0eStreamGenerate\x12 .meshlm.v1.StreamGenerateRequest\x1a!.meshlm.v1.StreamGenerateResponse0\x01\x12\x43\n\x08Generate\x12\x1a.meshlm.v1.GenerateRequest\x1a\x1b.meshlm.v1.GenerateResponse\x12I\n\nListModels\x12\x1c.meshlm.v1.ListModelsRequest\x1a\x1d.meshlm.v1.ListModelsResponse\x12L\n\x0b\x43ountTokens\x12\x1d.meshlm.v1.CountTokensRequest\x1a\x1e.meshlm.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMGENERATEREQUEST']._serialized_start=68
   _globals['_STREAMGENERATEREQUEST']._serialized_end=193
   _globals['_ROUTINGDECISION']._serialized_start=196
-  _globals['_ROUTINGDECISION']._serialized_end=503
-  _globals['_ROUTINGSTEP']._serialized_start=505
-  _globals['_ROUTINGSTEP']._serialized_end=565
-  _globals['_LIMITSTATE']._serialized_start=568
-  _globals['_LIMITSTATE']._serialized_end=1006
-  _globals['_STREAMSTART']._serialized_start=1009
-  _globals['_STREAMSTART']._serialized_end=1215
-  _globals['_STREAMEND']._serialized_start=1218
-  _globals['_STREAMEND']._serialized_end=1369
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=1372
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=1551
-  _globals['_GENERATEREQUEST']._serialized_start=1553
-  _globals['_GENERATEREQUEST']._serialized_end=1613
-  _globals['_CHOICE']._serialized_start=1616
-  _globals['_CHOICE']._serialized_end=1811
-  _globals['_GENERATERESPONSE']._serialized_start=1814
-  _globals['_GENERATERESPONSE']._serialized_end=1975
-  _globals['_LISTMODELSREQUEST']._serialized_start=1977
-  _globals['_LISTMODELSREQUEST']._serialized_end=1996
-  _globals['_MODEL']._serialized_start=1999
-  _globals['_MODEL']._serialized_end=2152
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2154
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2208
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=2210
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=2278
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2280
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2339
-  _globals['_INFERENCESERVICE']._serialized_start=2342
-  _globals['_INFERENCESERVICE']._serialized_end=2671
+  _globals['_ROUTINGDECISION']._serialized_end=545
+  _globals['_CANDIDATE']._serialized_start=548
+  _globals['_CANDIDATE']._serialized_end=717
+  _globals['_ROUTINGSTEP']._serialized_start=719
+  _globals['_ROUTINGSTEP']._serialized_end=779
+  _globals['_LIMITSTATE']._serialized_start=782
+  _globals['_LIMITSTATE']._serialized_end=1220
+  _globals['_STREAMSTART']._serialized_start=1223
+  _globals['_STREAMSTART']._serialized_end=1429
+  _globals['_STREAMEND']._serialized_start=1432
+  _globals['_STREAMEND']._serialized_end=1583
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=1586
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=1765
+  _globals['_GENERATEREQUEST']._serialized_start=1767
+  _globals['_GENERATEREQUEST']._serialized_end=1827
+  _globals['_CHOICE']._serialized_start=1830
+  _globals['_CHOICE']._serialized_end=2025
+  _globals['_GENERATERESPONSE']._serialized_start=2028
+  _globals['_GENERATERESPONSE']._serialized_end=2189
+  _globals['_LISTMODELSREQUEST']._serialized_start=2191
+  _globals['_LISTMODELSREQUEST']._serialized_end=2210
+  _globals['_MODEL']._serialized_start=2213
+  _globals['_MODEL']._serialized_end=2366
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2368
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2422
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=2424
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=2492
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2494
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2553
+  _globals['_INFERENCESERVICE']._serialized_start=2556
+  _globals['_INFERENCESERVICE']._serialized_end=2885
 # @@protoc_insertion_point(module_scope)

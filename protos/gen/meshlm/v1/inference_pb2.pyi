@@ -71,6 +71,7 @@ class RoutingDecision(google.protobuf.message.Message):
     STEPS_FIELD_NUMBER: builtins.int
     TEMPERATURE_FIELD_NUMBER: builtins.int
     TOP_P_FIELD_NUMBER: builtins.int
+    CONSIDERED_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Model that answers."""
     model_revision: builtins.str
@@ -80,7 +81,9 @@ class RoutingDecision(google.protobuf.message.Message):
     replica: builtins.str
     """Replica chosen; empty for an answer from the cache."""
     reason: builtins.str
-    """Why: `least_loaded`, `only_replica`, `session`, `cache_hit`, `cache_shared`, ..."""
+    """Why: `least_loaded`, `prefix`, `session`, `only_replica`, `last_resort`, `cache_hit`, `cache_shared`; docs/routing.md
+    says what each means.
+    """
     arm: builtins.str
     """Arm of a traffic split, if one decided."""
     region: builtins.str
@@ -103,6 +106,12 @@ class RoutingDecision(google.protobuf.message.Message):
     def steps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RoutingStep]:
         """What led to the model, in order."""
 
+    @property
+    def considered(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Candidate]:
+        """The replicas of the model, with what spoke for and against each: those considered first, best first, then those
+        excluded. At most 16.
+        """
+
     def __init__(
         self,
         *,
@@ -119,15 +128,62 @@ class RoutingDecision(google.protobuf.message.Message):
         steps: collections.abc.Iterable[global___RoutingStep] | None = ...,
         temperature: builtins.float | None = ...,
         top_p: builtins.float | None = ...,
+        considered: collections.abc.Iterable[global___Candidate] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_temperature", b"_temperature", "_top_p", b"_top_p", "temperature", b"temperature", "top_p", b"top_p"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_temperature", b"_temperature", "_top_p", b"_top_p", "adapter", b"adapter", "arm", b"arm", "candidates", b"candidates", "model", b"model", "model_reason", b"model_reason", "model_revision", b"model_revision", "reason", b"reason", "region", b"region", "replica", b"replica", "requested", b"requested", "steps", b"steps", "temperature", b"temperature", "top_p", b"top_p"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_temperature", b"_temperature", "_top_p", b"_top_p", "adapter", b"adapter", "arm", b"arm", "candidates", b"candidates", "considered", b"considered", "model", b"model", "model_reason", b"model_reason", "model_revision", b"model_revision", "reason", b"reason", "region", b"region", "replica", b"replica", "requested", b"requested", "steps", b"steps", "temperature", b"temperature", "top_p", b"top_p"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_temperature", b"_temperature"]) -> typing.Literal["temperature"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_top_p", b"_top_p"]) -> typing.Literal["top_p"] | None: ...
 
 global___RoutingDecision = RoutingDecision
+
+@typing.final
+class Candidate(google.protobuf.message.Message):
+    """A replica that might have been chosen."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: builtins.int
+    REGION_FIELD_NUMBER: builtins.int
+    PREDICTED_SECONDS_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    LOAD_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    EXCLUDED_FIELD_NUMBER: builtins.int
+    replica: builtins.str
+    """Its name; empty for one in a region that the caller may not use, and for one that cannot be heard."""
+    region: builtins.str
+    """Region it runs in."""
+    predicted_seconds: builtins.float
+    """Predicted time to the first token, seconds: what is queued, what of the prompt it has to compute, and a step for each
+    sequence in its hands. The lowest wins, but for sessions and near-equals. Absent for those excluded.
+    """
+    cached_tokens: builtins.int
+    """Prompt tokens that its prefix cache is expected to hold."""
+    load: builtins.int
+    """Sequences in its hands, as it last told, and those sent to it since."""
+    weight: builtins.float
+    """Share of what it would get that it gets, while it is new. Range (0, 1]."""
+    excluded: builtins.str
+    """Why it was not considered: `unheard`, `not_ready`, `draining`, `region`, `ejected`, `other_revision`; empty if it was."""
+    def __init__(
+        self,
+        *,
+        replica: builtins.str = ...,
+        region: builtins.str = ...,
+        predicted_seconds: builtins.float | None = ...,
+        cached_tokens: builtins.int = ...,
+        load: builtins.int = ...,
+        weight: builtins.float = ...,
+        excluded: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_predicted_seconds", b"_predicted_seconds", "predicted_seconds", b"predicted_seconds"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_predicted_seconds", b"_predicted_seconds", "cached_tokens", b"cached_tokens", "excluded", b"excluded", "load", b"load", "predicted_seconds", b"predicted_seconds", "region", b"region", "replica", b"replica", "weight", b"weight"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_predicted_seconds", b"_predicted_seconds"]) -> typing.Literal["predicted_seconds"] | None: ...
+
+global___Candidate = Candidate
 
 @typing.final
 class RoutingStep(google.protobuf.message.Message):

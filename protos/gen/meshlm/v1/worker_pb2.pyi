@@ -658,6 +658,7 @@ class WatchLoadResponse(google.protobuf.message.Message):
     PREFIX_DIGEST_FIELD_NUMBER: builtins.int
     COUNTERS_FIELD_NUMBER: builtins.int
     STEP_SECONDS_FIELD_NUMBER: builtins.int
+    TEXT_DIGEST_FIELD_NUMBER: builtins.int
     replica: builtins.str
     """Name of the replica, unique in the mesh."""
     region: builtins.str
@@ -684,6 +685,10 @@ class WatchLoadResponse(google.protobuf.message.Message):
     """Bloom filter over the hashes of the cached prefix blocks; its format is in the worker's README."""
     step_seconds: builtins.float
     """Median seconds of a recent step."""
+    text_digest: builtins.bytes
+    """Bloom filter over the hashes of the cached prompts' text, for whoever has no tokenizer; same format, same place.
+    Empty: this worker tells none.
+    """
     @property
     def model(self) -> global___WorkerModel:
         """What it serves."""
@@ -710,9 +715,10 @@ class WatchLoadResponse(google.protobuf.message.Message):
         prefix_digest: builtins.bytes = ...,
         counters: global___EngineCounters | None = ...,
         step_seconds: builtins.float = ...,
+        text_digest: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["counters", b"counters", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "counters", b"counters", "draining", b"draining", "free_blocks", b"free_blocks", "model", b"model", "pending_prefill_tokens", b"pending_prefill_tokens", "prefix_digest", b"prefix_digest", "ready", b"ready", "region", b"region", "replica", b"replica", "running", b"running", "step_seconds", b"step_seconds", "total_blocks", b"total_blocks", "waiting", b"waiting", "waiting_limit", b"waiting_limit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "counters", b"counters", "draining", b"draining", "free_blocks", b"free_blocks", "model", b"model", "pending_prefill_tokens", b"pending_prefill_tokens", "prefix_digest", b"prefix_digest", "ready", b"ready", "region", b"region", "replica", b"replica", "running", b"running", "step_seconds", b"step_seconds", "text_digest", b"text_digest", "total_blocks", b"total_blocks", "waiting", b"waiting", "waiting_limit", b"waiting_limit"]) -> None: ...
 
 global___WatchLoadResponse = WatchLoadResponse
 

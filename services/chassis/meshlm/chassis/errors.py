@@ -34,6 +34,8 @@ class Reason(StrEnum):
     ENGINE_LOST = "ENGINE_LOST"
     GUARD_UNAVAILABLE = "GUARD_UNAVAILABLE"
     NO_REPLICA = "NO_REPLICA"
+    NO_REPLICA_IN_REGION = "NO_REPLICA_IN_REGION"
+    REGION_NOT_ALLOWED = "REGION_NOT_ALLOWED"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     DEADLINE = "DEADLINE"
     INTERNAL = "INTERNAL"
@@ -56,6 +58,8 @@ STATUS: Mapping[Reason, grpc.StatusCode] = {
     Reason.ENGINE_LOST: grpc.StatusCode.UNAVAILABLE,
     Reason.GUARD_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     Reason.NO_REPLICA: grpc.StatusCode.UNAVAILABLE,
+    Reason.NO_REPLICA_IN_REGION: grpc.StatusCode.UNAVAILABLE,
+    Reason.REGION_NOT_ALLOWED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.OUT_OF_MEMORY: grpc.StatusCode.UNAVAILABLE,
     Reason.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
     Reason.INTERNAL: grpc.StatusCode.INTERNAL,

@@ -25,7 +25,7 @@ _SERVICE = "meshlm.v1.CacheService"
 class Lookup:
     """What the cache said. A flight that this request leads must end in `Answers.keep` or `Answers.release`."""
 
-    outcome: str = "bypass"  # hit, shared, lead, timeout, bypass (not asked) or unavailable
+    outcome: str = "bypass"  # hit, shared, lead, timeout, bypass (not asked), region (it lies elsewhere) or unavailable
     answer: cache_pb2.CachedAnswer | None = None
     key: str = ""
     flight: str = ""

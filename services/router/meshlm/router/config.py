@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
+from meshlm.router.replica_config import ReplicaConfig
 from meshlm.router.route_config import RouteConfig, check_callers, check_names
 from meshlm.router.streams_config import StreamsConfig
 
@@ -79,6 +80,8 @@ class TenantConfig(LimitConfig):
 
     # Limits on single models, beside those on all models together.
     model_limits: dict[str, LimitConfig] = field(default_factory=dict)
+    # Regions in which its requests may be computed and kept; empty: all. `eu` allows `eu-west-1` too.
+    regions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class KeyConfig(LimitConfig):
     models: tuple[str, ...] = ()
     # Limits on single models, beside those on all models together.
     model_limits: dict[str, LimitConfig] = field(default_factory=dict)
+    # Regions in which its requests may be computed and kept, among those of its tenant; empty: all of those.
+    regions: tuple[str, ...] = ()
     # May send token ids, and plain prompts in which control tokens count.
     raw_prompts: bool = False
     # Name of the guard's policy; empty: the guard's default.
@@ -126,6 +131,12 @@ class RouterConfig:
     guard: str = "127.0.0.1:50071"
     # Target of the cache; empty: no cache.
     cache: str = "127.0.0.1:50081"
+    # Region in which this router, its log and its state lie.
+    region: str = "local"
+    # Region of the guard; empty: the router's.
+    guard_region: str = ""
+    # Region of the cache; empty: the router's.
+    cache_region: str = ""
     # Callers. Without one, every call is refused.
     keys: tuple[KeyConfig, ...] = ()
     # Limits of tenants, over all their keys, by the tenant's name.
@@ -138,6 +149,8 @@ class RouterConfig:
     aliases: dict[str, str] = field(default_factory=dict)
     # Names that lead to a model by rules. docs/routing.md says how.
     routes: dict[str, RouteConfig] = field(default_factory=dict)
+    # How a replica is chosen among those of a model.
+    replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
     # Most tokens of an answer whose request sets no limit.
     default_max_tokens: int = 512
     # Largest input, bytes of UTF-8; no more than the guard takes (guard.max_input_chars).

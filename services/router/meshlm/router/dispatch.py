@@ -17,7 +17,8 @@ from opentelemetry.trace import Span, SpanKind
 from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.chassis.telemetry import Name, fail, tracer
-from meshlm.router.fleet import Fleet, Replica
+from meshlm.router.fleet import Fleet
+from meshlm.router.replica import Attempt, Replica
 from meshlm.router.retries import RetryBudget
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
@@ -36,8 +37,9 @@ _UNHEARD_SECONDS = 1.5
 class WorkerCall:
     """A generation that a worker accepted. One timer finds it silent: a timer a message would cost too much."""
 
-    def __init__(self, call: Any, span: Span, replica: Replica, accepted: worker_pb2.RunGenerationResponse) -> None:
-        self.replica = replica
+    def __init__(self, call: Any, span: Span, attempt: Attempt, accepted: worker_pb2.RunGenerationResponse) -> None:
+        self.replica = attempt.replica
+        self._attempt = attempt
         self.usage = accepted.usage
         self.limit = accepted.accepted.max_tokens
         self.idle_seconds = math.inf  # without a message, after which it is given up; a prompt may take any time
@@ -51,18 +53,23 @@ class WorkerCall:
     async def read(self) -> worker_pb2.RunGenerationResponse | None:
         """The next message after the acceptance; None after the last. Raises MeshError."""
         try:
-            message = await self._call.read()
+            message: worker_pb2.RunGenerationResponse = await self._call.read()
         except grpc.RpcError as error:
             failure = _lost() if error.code() == grpc.StatusCode.CANCELLED else from_rpc_error(error)
             fail(self._span, failure.reason)
+            self._attempt.end(failure.reason)
             raise failure from None
         except asyncio.CancelledError:
             if not self._silent:
                 raise
             fail(self._span, "silent")
+            self._attempt.end(Reason.ENGINE_LOST)
             raise _lost() from None
         self._heard = time.monotonic()
-        return None if message is grpc.aio.EOF else message
+        if message is grpc.aio.EOF:
+            return None
+        self._attempt.note(message)
+        return message
 
     def _watch(self) -> None:
         """Give the call up once its worker says nothing for too long, or cannot be heard at all."""
@@ -81,6 +88,7 @@ class WorkerCall:
         self._closed = True
         self._watching.cancel()
         self._call.cancel()
+        self._attempt.end()
         self._span.set_attribute(Name.INPUT_TOKENS, usage.prompt_tokens)
         self._span.set_attribute(Name.CACHED_TOKENS, usage.cached_prompt_tokens)
         self._span.set_attribute(Name.OUTPUT_TOKENS, usage.completion_tokens)
@@ -107,7 +115,7 @@ class Dispatcher:
         replica's.
         """
         self.retries.note_request()
-        work.choice = self._fleet.choose(work.generation.model)  # anew: loads have moved while the cache was asked
+        work.choice = self._fleet.choose(work.wanted)  # anew: loads have moved while the cache was asked
         request = _request(work)
         call = await self.offer(work, work.choice.replicas, request)
         work.usage = call.usage
@@ -119,7 +127,7 @@ class Dispatcher:
         before come last. Empty where there is none."""
         assert work.choice is not None  # noqa: S101
         try:
-            choice = self._fleet.choose(work.generation.model)
+            choice = self._fleet.choose(work.wanted)
         except MeshError:
             return []
         if choice.revision != work.choice.revision:
@@ -180,6 +188,7 @@ def again(work: Work, made: Sequence[int], offset: int) -> worker_pb2.RunGenerat
 
 
 async def _offer(work: Work, replica: Replica, request: worker_pb2.RunGenerationRequest) -> WorkerCall:
+    assert work.choice is not None  # noqa: S101
     attributes = {
         Name.RPC_SYSTEM: "grpc",
         Name.RPC_SERVICE: _SERVICE,
@@ -189,21 +198,24 @@ async def _offer(work: Work, replica: Replica, request: worker_pb2.RunGeneration
     span = tracer().start_span(f"{_SERVICE}/RunGeneration", kind=SpanKind.CLIENT, attributes=attributes)
     with trace.use_span(span, end_on_exit=False):
         call = replica.stub.RunGeneration(request, timeout=work.seconds_left(), metadata=outgoing_metadata())
-    replica.note_sent()
-    taken = False
+    attempt = replica.begin(work.prefix, max(0, work.measure.tokens - work.choice.cached(replica)))
+    taken, reason = False, None
     try:
         first = await call.read()
         if first is grpc.aio.EOF:
             raise MeshError(Reason.INTERNAL, "a worker accepted and said nothing")
         taken = True
     except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
+        failure = from_rpc_error(error)
+        reason = failure.reason
+        raise failure from None
     finally:
         if not taken:
             call.cancel()
+            attempt.end(reason)
             fail(span, "refused")
             span.end()
-    return WorkerCall(call, span, replica, first)
+    return WorkerCall(call, span, attempt, first)
 
 
 async def token_text(work: Work) -> str:

@@ -1,81 +1,51 @@
-"""Stage 4, choose: the workers, what they last said of themselves, and which of them is to answer."""
+"""All workers of the configuration: followed, looked up, and chosen from. What is compared how is in choosing.py."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import structlog
 
-from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import MeshError, Reason
-from meshlm.v1 import worker_pb2, worker_pb2_grpc
+from meshlm.chassis.telemetry import Name, meter
+from meshlm.router.choosing import Candidate, Choice, Exclusion, Wanted, pick, sort_out, weigh
+from meshlm.router.health import fault, may_eject
+from meshlm.router.replica import Replica
+from meshlm.router.replica_config import ReplicaConfig
+from meshlm.router.residency import ANYWHERE, Regions
+from meshlm.v1 import worker_pb2
+
+__all__ = ["Choice", "Fleet", "Replica", "Wanted"]
 
 log = structlog.get_logger()
 
-_SERVICE = "meshlm.v1.WorkerService"
 _RETRY_SECONDS = 0.2
 # A worker tells its load every second. One that is stopped or cut off keeps its connection for much longer.
 _SILENCE_SECONDS = 10.0
 
 
-class Replica:
-    """One worker: a channel to it, and its load as it last pushed it."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self.channel = open_channel(target, retryable=[(_SERVICE, "CountInputTokens")])
-        self.stub: Any = worker_pb2_grpc.WorkerServiceStub(self.channel)
-        self.state: worker_pb2.WatchLoadResponse | None = None  # None while it cannot be heard
-        self._sent_since = 0  # requests sent after the last push: the push cannot know of them yet
-
-    @property
-    def name(self) -> str:
-        return self.state.replica if self.state is not None else self.target
-
-    @property
-    def usable(self) -> bool:
-        return self.state is not None and self.state.ready and not self.state.draining
-
-    def hear(self, state: worker_pb2.WatchLoadResponse) -> None:
-        self.state = state
-        self._sent_since = 0
-
-    def lose(self) -> None:
-        self.state = None
-
-    def note_sent(self) -> None:
-        self._sent_since += 1
-
-    def load(self) -> tuple[int, int, int]:
-        """Least first: sequences in its hands, prompt tokens it has yet to compute, blocks in use."""
-        state = self.state
-        assert state is not None  # noqa: S101  only usable replicas are compared
-        used = state.total_blocks - state.free_blocks
-        return state.running + state.waiting + self._sent_since, state.pending_prefill_tokens, used
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Replicas in the order in which to try them, and why."""
-
-    model: str
-    revision: str
-    replicas: tuple[Replica, ...]
-    reason: str
-
-
 class Fleet:
-    """All workers of the configuration. Keeps no facts but what workers push."""
+    """Keeps no facts but what workers push, and what this router saw of them."""
 
-    def __init__(self, targets: Iterable[str], *, silence_seconds: float = _SILENCE_SECONDS) -> None:
+    def __init__(
+        self,
+        targets: Iterable[str],
+        config: ReplicaConfig = ReplicaConfig(),  # noqa: B008  it is frozen
+        *,
+        silence_seconds: float = _SILENCE_SECONDS,
+    ) -> None:
         self.replicas = [Replica(target) for target in targets]
+        self._config = config
         self._silence_seconds = silence_seconds
         self._watches: list[asyncio.Task[None]] = []
+        self._chance = random.Random()  # noqa: S311  where a request goes is no secret
+        self._ejections = meter().create_counter(Name.REPLICA_EJECTIONS, "{ejection}", "Replicas left out as outliers")
 
     def start(self) -> None:
         self._watches = [asyncio.create_task(self._watch(replica)) for replica in self.replicas]
@@ -101,22 +71,30 @@ class Fleet:
             raise MeshError(Reason.MODEL_UNKNOWN, "no worker serves this model", metadata={"model": name[:128]})
         return name
 
-    def ready(self, model: str) -> bool:
-        """Whether some replica of it takes requests."""
-        return any(r.usable and r.state is not None and r.state.model.name == model for r in self.replicas)
+    def ready(self, model: str, regions: Regions = ANYWHERE) -> bool:
+        """Whether some replica of it, in these regions, takes requests."""
+        states = [replica.state for replica in self.replicas if replica.usable and replica.state is not None]
+        return any(state.model.name == model and regions.allow(state.region) for state in states)
 
-    def choose(self, model: str) -> Choice:
-        """Least-loaded order over the replicas that take requests. Raises MeshError NO_REPLICA."""
-        able = [r for r in self.replicas if r.usable and r.state is not None and r.state.model.name == model]
+    def choose(self, wanted: Wanted) -> Choice:
+        """The replicas that can take a request, in the order in which to try them.
+
+        Raises MeshError NO_REPLICA, or NO_REPLICA_IN_REGION where only other regions have one.
+        """
+        now = time.monotonic()
+        self._eject(wanted.model, now)
+        able, excluded = sort_out(self.replicas, wanted, now)
+        reason = ""
         if not able:
-            raise MeshError(Reason.NO_REPLICA, "no replica of this model is ready", retry_after=1.0)
-        able.sort(key=Replica.load)
-        best = able[0].state
-        assert best is not None  # noqa: S101  it is usable
-        reason = "least_loaded" if len(able) > 1 else "only_replica"
-        # Replicas with other weights would give other answers: fallbacks are of the chosen revision.
-        same = tuple(r for r in able if r.state is not None and r.state.model.revision == best.model.revision)
-        return Choice(model, best.model.revision, same, reason)
+            # Rather one that failed than none: what ejected it may be over, or may have been the network's fault.
+            able = [e.replica for e in excluded if e.reason == "ejected"]
+            excluded = [e for e in excluded if e.reason != "ejected"]
+            reason = "last_resort"
+        if not able:
+            raise _nobody(wanted, excluded)
+        candidates = [weigh(replica, wanted, now, self._config.slow_start_seconds) for replica in able]
+        first, why = pick(candidates, wanted, self._chance)
+        return _choice(wanted, first, candidates, excluded, reason or why)
 
     def models(self) -> dict[str, list[Replica]]:
         """Replicas that can be heard, by the model they serve."""
@@ -125,6 +103,21 @@ class Fleet:
             if replica.state is not None:
                 found.setdefault(replica.state.model.name, []).append(replica)
         return found
+
+    def _eject(self, model: str, now: float) -> None:
+        """Leave out the outliers of a model, as far as that leaves enough of them."""
+        peers = [r for r in self.replicas if r.usable and r.state is not None and r.state.model.name == model]
+        sound = [replica for replica in peers if not replica.health.is_ejected(now)]
+        for replica in list(sound):
+            others = [other.health for other in sound if other is not replica]
+            cause = fault(replica.health, others, self._config)
+            if cause and may_eject(len(peers) - len(sound), len(peers), self._config.most_ejected):
+                sound.remove(replica)
+                replica.health.eject(cause, now, self._config.eject_seconds)
+                self._ejections.add(1, {Name.REPLICA: replica.name, "cause": cause})
+                log.warning(
+                    "replica ejected", replica=replica.name, cause=cause, seconds=replica.health.ejected_until - now
+                )
 
     async def _watch(self, replica: Replica) -> None:
         """Follow one worker for ever; it is unusable once its stream breaks or falls silent."""
@@ -146,3 +139,31 @@ class Fleet:
     async def _next(self, call: Any) -> Any:
         async with asyncio.timeout(self._silence_seconds):  # ends the call, too
             return await call.read()
+
+
+def _choice(
+    wanted: Wanted, first: Candidate, candidates: list[Candidate], excluded: list[Exclusion], reason: str
+) -> Choice:
+    ranked = sorted(candidates, key=lambda candidate: (candidate is not first, candidate.seconds))
+    # Replicas with other weights would give other answers: fallbacks are of the chosen revision.
+    assert first.replica.state is not None  # noqa: S101  it is usable
+    revision = first.replica.state.model.revision
+    same: list[Candidate] = []
+    other: list[Candidate] = []
+    for candidate in ranked:
+        state = candidate.replica.state
+        (same if state is not None and state.model.revision == revision else other).append(candidate)
+    excluded = [*excluded, *(Exclusion(candidate.replica, "other_revision") for candidate in other)]
+    replicas = tuple(candidate.replica for candidate in same)
+    return Choice(wanted.model, revision, replicas, reason, tuple(same), tuple(excluded))
+
+
+def _nobody(wanted: Wanted, excluded: list[Exclusion]) -> MeshError:
+    if wanted.regions.holders:
+        return MeshError(
+            Reason.NO_REPLICA_IN_REGION,
+            "no replica of this model is ready in the regions of the caller",
+            metadata={"regions": str(wanted.regions)},
+            retry_after=1.0,
+        )
+    return MeshError(Reason.NO_REPLICA, "no replica of this model is ready", retry_after=1.0)

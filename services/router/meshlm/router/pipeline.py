@@ -16,12 +16,14 @@ from meshlm.chassis.telemetry import Name, span
 from meshlm.router.answers import Answers, Lookup
 from meshlm.router.budget import Budget
 from meshlm.router.config import RouterConfig
+from meshlm.router.decision import annotate, considered
 from meshlm.router.dispatch import Dispatcher, token_text
 from meshlm.router.fleet import Fleet
 from meshlm.router.guarding import Guards
 from meshlm.router.ledger import Ledger
 from meshlm.router.limits import Kind, LimitBook, Usage
 from meshlm.router.record import Recorder
+from meshlm.router.residency import Residency
 from meshlm.router.retries import RetryBudget
 from meshlm.router.routes import Routes
 from meshlm.router.survival import LastingCall
@@ -41,6 +43,7 @@ class Pipeline:
         self._ledger = ledger
         self._book = LimitBook(config)
         self._fleet = fleet
+        self.residency = Residency(config)
         self.routes = Routes(config, fleet)
         self._answers = answers
         self._guards = guards
@@ -84,6 +87,8 @@ class Pipeline:
 
     def _resolve(self, work: Work) -> None:
         """The model that is meant: limits and prices may be of one model."""
+        work.regions = self.residency.regions(work.key)
+        self.residency.check(work.regions)
         work.route = self.routes.resolve(work.query)
         self._bind(work)
 
@@ -138,14 +143,12 @@ class Pipeline:
     async def _choose(self, work: Work) -> None:
         while True:
             try:
-                work.choice = self._fleet.choose(work.generation.model)
+                work.choice = self._fleet.choose(work.wanted)
                 break
             except MeshError as error:
                 if not await self._fall_back(work, error):
                     raise
-        current = trace.get_current_span()
-        current.set_attribute(Name.CANDIDATES, [replica.name for replica in work.choice.replicas])
-        current.set_attribute(Name.ROUTING_REASON, work.choice.reason)
+        annotate(trace.get_current_span(), work.choice)
 
     async def _screen(self, work: Work) -> pb.Verdict | None:
         begun = time.perf_counter()
@@ -160,6 +163,9 @@ class Pipeline:
         """Leaves an answer in `work.lookup` only if its input passes the guard now, under the policy it was made."""
         if work.resume_from:
             return  # chunk boundaries differ between runs: only the worker can cut an answer at a token
+        if not self.residency.cache_allowed(work.regions):
+            work.lookup.outcome = "region"
+            return
         assert work.choice is not None  # noqa: S101
         begun = time.perf_counter()
         arguments = (work.request_id, work.key, work.generation, work.choice.revision)
@@ -322,6 +328,7 @@ def _routing(work: Work) -> inference_pb2.RoutingDecision:
         return decision
     decision.reason = choice.reason
     decision.candidates.extend(replica.name for replica in choice.replicas)
+    decision.considered.extend(considered(choice))
     if work.replica is not None and work.replica.state is not None:
         decision.replica = work.replica.name
         decision.region = work.replica.state.region

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from meshlm.chassis.errors import MeshError, Reason, invalid
 from meshlm.router.config import KeyConfig, RouterConfig
 from meshlm.router.fleet import Fleet, Replica
+from meshlm.router.residency import ANYWHERE, Regions, Residency
 from meshlm.router.route_config import RouteConfig, RuleConfig, follow
 from meshlm.router.splits import arm_of
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
 
 # Before anything was computed, another model may answer.
-_ELSEWHERE = frozenset({Reason.OVERLOADED, Reason.DRAINING, Reason.NO_REPLICA, Reason.ENGINE_LOST})
+_ELSEWHERE = frozenset(
+    {Reason.OVERLOADED, Reason.DRAINING, Reason.NO_REPLICA, Reason.NO_REPLICA_IN_REGION, Reason.ENGINE_LOST}
+)
 _PRIORITIES = {
     pb.PRIORITY_CRITICAL: "critical",
     pb.PRIORITY_INTERACTIVE: "interactive",
@@ -63,6 +66,7 @@ class Decision:
     arm: str = ""
     steps: list[Step] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)  # still to be tried, in this order
+    regions: Regions = ANYWHERE  # where it may be answered
 
     def tell(self, told: inference_pb2.RoutingDecision) -> None:
         """Put it into what the caller is told."""
@@ -80,6 +84,7 @@ class Routes:
 
     def __init__(self, config: RouterConfig, fleet: Fleet) -> None:
         self._fleet = fleet
+        self._residency = Residency(config)
         self._default = config.default_model
         self._aliases = {name: follow(name, config.aliases) for name in config.aliases}
         self._routes = config.routes
@@ -91,7 +96,7 @@ class Routes:
         route has several.
         """
         asked = query.generation.model
-        decision = Decision(asked)
+        decision = Decision(asked, regions=self._residency.regions(query.key))
         name = asked or self._default
         if not asked:
             decision.reason = "default" if name else "only_model"
@@ -114,7 +119,7 @@ class Routes:
         if error.reason not in _ELSEWHERE:
             return False
         decision.note("availability", str(error.reason), decision.model)
-        ready = next((model for model in decision.fallbacks if self._fleet.ready(model)), None)
+        ready = next((model for model in decision.fallbacks if self._fleet.ready(model, decision.regions)), None)
         if ready is None:
             return False
         decision.fallbacks = decision.fallbacks[decision.fallbacks.index(ready) + 1 :]
@@ -192,7 +197,7 @@ class Routes:
                 "no worker serves a model of this route",
                 metadata={"model": order[0], "route": name},
             )
-        ready = next((model for model in served if self._fleet.ready(model)), served[0])
+        ready = next((model for model in served if self._fleet.ready(model, decision.regions)), served[0])
         for model in served[: served.index(ready)]:
             decision.note("availability", "no replica is ready", model)
         decision.model = ready

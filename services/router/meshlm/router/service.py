@@ -11,6 +11,7 @@ from meshlm.chassis.calls import outgoing_metadata, request_id, seconds_left
 from meshlm.chassis.errors import from_rpc_error
 from meshlm.chassis.telemetry import current_trace_id
 from meshlm.chassis.validation import check_input
+from meshlm.router.choosing import Wanted
 from meshlm.router.config import RouterConfig
 from meshlm.router.fleet import Fleet
 from meshlm.router.identity import KeyRing
@@ -79,9 +80,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         key = self._keys.identify(context.invocation_metadata())
         check_input(request.input, "input")
         check_size(measured := measure(request.input), self._config, "input")
+        self._pipeline.residency.check(regions := self._pipeline.residency.regions(key))
         generation = Generation(model=request.model, input=request.input)
         model = self._routes.resolve(Query(generation, key, measured.tokens, request_id(), path="model")).model
-        replica = self._fleet.choose(model).replicas[0]
+        replica = self._fleet.choose(Wanted(model=model, tenant=key.tenant, regions=regions)).replicas[0]
         ask = worker_pb2.CountInputTokensRequest(input=request.input)
         timeout = seconds_left(context) or self._config.default_deadline_seconds
         try:

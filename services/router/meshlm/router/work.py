@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meshlm.chassis.errors import MeshError, Reason, invalid
-from meshlm.chassis.validation import check_generation, is_deterministic
+from meshlm.chassis.prefixes import TextPrefix
+from meshlm.chassis.validation import check_generation, is_deterministic, keeps_part
 from meshlm.router.answers import Lookup
+from meshlm.router.choosing import Choice, Wanted
 from meshlm.router.config import KeyConfig, RouterConfig
-from meshlm.router.fleet import Choice, Replica
 from meshlm.router.limits import Terms, Usage
 from meshlm.router.measure import Measure, measure
+from meshlm.router.replica import Replica
 from meshlm.router.reservation import Reservation
+from meshlm.router.residency import ANYWHERE, Regions
 from meshlm.router.routes import Decision, Query
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
@@ -41,6 +44,8 @@ class Work:
     deadline: float  # same clock
     weight: float = 1.0  # tokens and concurrent streams are counted so many times, at least 1
     route: Decision | None = None  # to its model
+    regions: Regions = ANYWHERE  # where it may be computed and kept
+    prefix: TextPrefix | None = None  # once somebody asks which replica knows it
     terms: Terms | None = None  # once its model is known
     reservation: Reservation | None = None
     limit: str = ""  # that refused it, or ended its stream
@@ -141,6 +146,20 @@ class Work:
         """Separates prefixes of tenants, and of cache keys within a tenant."""
         key = self.generation.cache_key.encode()
         return hashlib.sha256(self.key.tenant.encode() + b"\0" + key).digest()[:16]
+
+    @property
+    def wanted(self) -> Wanted:
+        """What of it matters for the choice of a replica."""
+        if self.prefix is None and not keeps_part(self.generation.kv_policy):  # those do not use the prefix cache
+            self.prefix = TextPrefix(self.generation.input, self.cache_salt)
+        return Wanted(
+            model=self.generation.model,
+            tenant=self.key.tenant,
+            session=self.generation.session,
+            tokens=self.usage.prompt_tokens or self.measure.tokens,
+            prefix=self.prefix,
+            regions=self.regions,
+        )
 
     @property
     def complete(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -12,17 +13,20 @@ import structlog
 from meshlm.chassis.calls import seconds_left
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.life import Life
+from meshlm.chassis.prefixes import TextPrefix
 from meshlm.chassis.validation import check_input
 from meshlm.v1 import worker_pb2, worker_pb2_grpc
+from meshlm.v1.generation_pb2 import Input
 from meshlm.worker.config import WorkerConfig
 from meshlm.worker.engine.budgets import Budgets
 from meshlm.worker.front.engine_client import EngineClient
 from meshlm.worker.front.measures import Measures
-from meshlm.worker.front.plans import make_plan
-from meshlm.worker.front.prompts import Prompts
+from meshlm.worker.front.plans import Plan, make_plan
+from meshlm.worker.front.prompts import INLINE_BYTES, Prompts
 from meshlm.worker.front.read_plans import ReadLimits, plan_embed, plan_score
 from meshlm.worker.front.reads import Reads, embed_response, score_response
 from meshlm.worker.front.streams import Generation
+from meshlm.worker.front.text_prefixes import TextPrefixes, text_blocks
 from meshlm.worker.messages import Embedded, ModelFacts, Scored
 
 log = structlog.get_logger()
@@ -47,6 +51,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._client = client
         self._measures = measures
         self._read_limits = ReadLimits(config.model_name, config.max_read_tokens)
+        self._text_prefixes = TextPrefixes()
 
     async def RunGeneration(
         self, request: worker_pb2.RunGenerationRequest, context: grpc.aio.ServicerContext
@@ -55,6 +60,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         facts, seconds = model.facts, seconds_left(context)
         budgets = Budgets(facts.block_size, self._config.scheduler.chunk_tokens)
         plan = await make_plan(request, model.prompts, facts, budgets, self._config.model_name, seconds)
+        await self._note_text(request.generation.input, plan, facts.block_size)
         interval = self._config.stream_interval
         generation = Generation(self._client, plan, model.prompts.tokenizer, interval=interval)
         try:
@@ -63,6 +69,17 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     yield response
         finally:
             self._measures.record(generation)
+
+    async def _note_text(self, source: Input, plan: Plan, block_size: int) -> None:
+        """What the prefix cache will hold of this prompt, by its text. With a KV policy nothing of it gets there."""
+        if plan.kv is not None:
+            return
+        arguments = (TextPrefix(source, plan.cache_salt), plan.prompt, block_size, plan.cache_salt)
+        if source.ByteSize() <= INLINE_BYTES:
+            pairs = text_blocks(*arguments)
+        else:
+            pairs = await asyncio.to_thread(text_blocks, *arguments)
+        self._text_prefixes.note(pairs)
 
     async def Score(
         self, request: worker_pb2.ScoreRequest, context: grpc.aio.ServicerContext
@@ -137,6 +154,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             state.free_blocks, state.total_blocks = load.free_blocks, load.total_blocks
             state.pending_prefill_tokens = load.pending_prefill_tokens
             state.prefix_digest = load.digest
+            state.text_digest = self._text_prefixes.digest(load.digest)
             state.counters.steps = load.steps_total
             state.counters.preemptions = load.preemptions_total
             state.counters.cancelled = load.cancelled_total

@@ -1,0 +1,51 @@
+"""How a choice of replica is told: to the caller in the first message, and to whoever reads the trace."""
+
+from __future__ import annotations
+
+from opentelemetry.trace import Span
+
+from meshlm.chassis.telemetry import Name
+from meshlm.router.choosing import Candidate, Choice, Exclusion
+from meshlm.v1 import inference_pb2 as pb
+
+_MOST = 16
+
+
+def considered(choice: Choice) -> list[pb.Candidate]:
+    """The replicas of a choice, and those left out, with what spoke for and against each."""
+    told = [candidate_of(candidate) for candidate in choice.candidates]
+    return [*told, *(exclusion_of(exclusion) for exclusion in choice.excluded)][:_MOST]
+
+
+def candidate_of(candidate: Candidate) -> pb.Candidate:
+    state = candidate.replica.state
+    return pb.Candidate(
+        replica=candidate.replica.name,
+        region=state.region if state is not None else "",
+        predicted_seconds=candidate.seconds,
+        cached_tokens=candidate.cached,
+        load=candidate.load,
+        weight=candidate.weight,
+    )
+
+
+def exclusion_of(exclusion: Exclusion) -> pb.Candidate:
+    """A replica in a region that the caller may not use is told without its name: it is no business of the caller's."""
+    state = exclusion.replica.state
+    hidden = exclusion.reason == "region" or state is None
+    return pb.Candidate(
+        replica="" if hidden else exclusion.replica.name,
+        region=state.region if state is not None else "",
+        excluded=exclusion.reason,
+    )
+
+
+def annotate(span: Span, choice: Choice) -> None:
+    """The choice, as attributes of the request's span."""
+    span.set_attribute(Name.CANDIDATES, [replica.name for replica in choice.replicas])
+    span.set_attribute(Name.ROUTING_REASON, choice.reason)
+    shown = choice.candidates[:_MOST]
+    span.set_attribute(Name.ROUTING_SECONDS, [round(candidate.seconds, 6) for candidate in shown])
+    span.set_attribute(Name.ROUTING_CACHED, [candidate.cached for candidate in shown])
+    excluded = [f"{exclusion.replica.name}: {exclusion.reason}" for exclusion in choice.excluded[:_MOST]]
+    span.set_attribute(Name.ROUTING_EXCLUDED, excluded)
