@@ -28,6 +28,7 @@ from meshlm.router.identity import KeyRing
 from meshlm.router.ledger import Ledger
 from meshlm.router.pipeline import Pipeline
 from meshlm.router.service import InferenceServicer
+from meshlm.router.vigilance import Vigilance
 from meshlm.v1 import (
     cache_pb2,
     cache_pb2_grpc,
@@ -169,6 +170,7 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
         self.hold: asyncio.Event | None = None
         self.policy = "p1"
         self.declines: MeshError | None = None
+        self.stops = "secret"  # the word from which on answers are blocked
         self.inputs: list[Any] = []
 
     async def CheckInput(self, request: Any, context: Any) -> Any:
@@ -196,10 +198,10 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
             whole += request.text.text
             verdict = pb.Verdict(action=pb.Verdict.ACTION_ALLOW, policy_version=self.policy)
             released = len(whole) if request.text.last else len(whole.rstrip("s"))
-            if "secret" in whole:
+            if self.stops in whole:
                 verdict.action = pb.Verdict.ACTION_BLOCK
-                verdict.categories.append("secret.word")
-                released = whole.index("secret")
+                verdict.categories.append(f"{self.stops}.word")
+                released = whole.index(self.stops)
             yield guard_pb2.CheckOutputResponse(released_chars=released, verdict=verdict, final=request.text.last)
 
 
@@ -256,7 +258,12 @@ class Mesh:
         self.guards, self.answers = Guards(self.config), Answers(self.config)
         self.ledger = Ledger(state, self.config)
         self.pipeline = Pipeline(
-            self.config, ledger=self.ledger, fleet=self.fleet, answers=self.answers, guards=self.guards
+            self.config,
+            ledger=self.ledger,
+            fleet=self.fleet,
+            answers=self.answers,
+            guards=self.guards,
+            vigilance=Vigilance(self.config, state),
         )
         self.servicer = InferenceServicer(self.config, KeyRing(self.config.keys), self.fleet, self.pipeline)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.servicer, self._server(f"unix:{folder}/r"))

@@ -273,6 +273,40 @@ class LimitState(google.protobuf.message.Message):
 global___LimitState = LimitState
 
 @typing.final
+class Admission(google.protobuf.message.Message):
+    """How far this request was trusted, and what follows (docs/risk.md)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RISK_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    SHADOW_FIELD_NUMBER: builtins.int
+    SHADOW_WEIGHT_FIELD_NUMBER: builtins.int
+    SHADOW_REFUSED_FIELD_NUMBER: builtins.int
+    risk: builtins.float
+    """The caller's risk, from its recent requests, or this prompt's where that is larger. Range [0, 1]."""
+    weight: builtins.float
+    """Tokens and streams of this request count so many times towards limits; money does not. Range [1, 8]."""
+    shadow: builtins.bool
+    """Whether nothing follows from risk, and it is only told: `weight` is 1 then."""
+    shadow_weight: builtins.float
+    """In shadow mode: the weight that this request would have had."""
+    shadow_refused: builtins.bool
+    """In shadow mode: whether it would have been refused as BREAKER_OPEN."""
+    def __init__(
+        self,
+        *,
+        risk: builtins.float = ...,
+        weight: builtins.float = ...,
+        shadow: builtins.bool = ...,
+        shadow_weight: builtins.float = ...,
+        shadow_refused: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["risk", b"risk", "shadow", b"shadow", "shadow_refused", b"shadow_refused", "shadow_weight", b"shadow_weight", "weight", b"weight"]) -> None: ...
+
+global___Admission = Admission
+
+@typing.final
 class StreamStart(google.protobuf.message.Message):
     """The first message of a stream."""
 
@@ -284,6 +318,7 @@ class StreamStart(google.protobuf.message.Message):
     INPUT_VERDICT_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    ADMISSION_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id of the request, in every log line and span; the caller's own `x-request-id` if one was sent."""
     trace_id: builtins.str
@@ -304,6 +339,10 @@ class StreamStart(google.protobuf.message.Message):
     def limits(self) -> global___LimitState:
         """Limits left; absent for keys without limits, and while the ledger does not answer."""
 
+    @property
+    def admission(self) -> global___Admission:
+        """How far it was trusted; absent for keys whose risk is not looked at."""
+
     def __init__(
         self,
         *,
@@ -313,9 +352,10 @@ class StreamStart(google.protobuf.message.Message):
         input_verdict: meshlm.v1.generation_pb2.Verdict | None = ...,
         limits: global___LimitState | None = ...,
         seed: builtins.int | None = ...,
+        admission: global___Admission | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "input_verdict", b"input_verdict", "limits", b"limits", "routing", b"routing", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "input_verdict", b"input_verdict", "limits", b"limits", "request_id", b"request_id", "routing", b"routing", "seed", b"seed", "trace_id", b"trace_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "admission", b"admission", "input_verdict", b"input_verdict", "limits", b"limits", "routing", b"routing", "seed", b"seed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "admission", b"admission", "input_verdict", b"input_verdict", "limits", b"limits", "request_id", b"request_id", "routing", b"routing", "seed", b"seed", "trace_id", b"trace_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 global___StreamStart = StreamStart

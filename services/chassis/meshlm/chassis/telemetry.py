@@ -88,6 +88,16 @@ class Name:
     LEDGER_REFUSALS = "meshlm.ledger.refusals"
     LEDGER_CHARGED = "meshlm.ledger.tokens_charged"
     LEDGER_EMERGENCY = "meshlm.ledger.emergency"
+    RISK = "meshlm.risk"
+    RISK_CALLER = "meshlm.risk.caller"
+    RISK_WEIGHT = "meshlm.risk.weight"
+    RISK_SHADOW = "meshlm.risk.shadow"
+    RISK_SHARED = "meshlm.risk.shared"
+    RISK_LOCAL = "meshlm.risk.local"
+    BREAKER_KEY = "meshlm.breaker.key"
+    BREAKER_ROUTE = "meshlm.breaker.route"
+    BREAKER_TRIPS = "meshlm.breaker.trips"
+    BREAKER_REFUSALS = "meshlm.breaker.refusals"
     COST = "meshlm.cost"
     COST_MICROS = "meshlm.cost_micros"
     ROUTER_RETRIES = "meshlm.router.retries"
@@ -125,6 +135,7 @@ GENAI_TPOT = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0
 # Calls inside the mesh: from 100 us to 13 s (the SDK's own default is made for milliseconds).
 _CALLS = [0.0001 * 2**i for i in range(18)]
 _BUCKETS: Mapping[str, Sequence[float]] = {
+    Name.RISK: [i / 10 for i in range(1, 11)],
     "rpc.server.duration": _CALLS,
     Name.GUARD_DURATION: _CALLS,
     Name.GUARD_MODEL_DURATION: _CALLS,

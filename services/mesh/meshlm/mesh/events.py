@@ -21,6 +21,8 @@ class Start:
     offset: int = 0
     # The seed in use: with it, the same request gives the same tokens. None for greedy ones and cached answers.
     seed: int | None = None
+    # How far the request was trusted; None where that is not looked at.
+    admission: inference_pb2.Admission | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ def start_of(message: inference_pb2.StreamStart, offset: int = 0) -> Start:
     """The event for a stream's first message."""
     limits = message.limits if message.HasField("limits") else None
     seed = message.seed if message.HasField("seed") else None
-    return Start(message.request_id, message.trace_id, message.routing, message.input_verdict, limits, offset, seed)
+    admission = message.admission if message.HasField("admission") else None
+    routing, verdict = message.routing, message.input_verdict
+    return Start(message.request_id, message.trace_id, routing, verdict, limits, offset, seed, admission)
 
 
 def end_of(

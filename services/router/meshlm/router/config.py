@@ -9,6 +9,7 @@ from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
 from meshlm.router.replica_config import ReplicaConfig
+from meshlm.router.risk_config import BreakerConfig, RiskConfig
 from meshlm.router.route_config import RouteConfig, check_callers, check_names
 from meshlm.router.streams_config import StreamsConfig
 
@@ -106,6 +107,8 @@ class KeyConfig(LimitConfig):
     guard_policy: str = ""
     # What happens when the guard cannot answer.
     guard_failure: Literal["refuse", "allow"] = "refuse"
+    # What is done with this key's risk (docs/risk.md); empty: as `router.risk.mode` says.
+    risk: Literal["", "enforce", "shadow", "off"] = ""
     # Priority of requests that name none, and the most urgent that a request may name.
     priority: Literal["critical", "interactive", "standard", "batch"] = "interactive"
 
@@ -143,6 +146,10 @@ class RouterConfig:
     tenants: dict[str, TenantConfig] = field(default_factory=dict)
     # Prices by the model's name; a model without one costs nothing.
     prices: dict[str, PriceConfig] = field(default_factory=dict)
+    # What follows from callers' risk.
+    risk: RiskConfig = field(default_factory=RiskConfig)
+    # When bursts of attacks open a breaker.
+    breakers: BreakerConfig = field(default_factory=BreakerConfig)
     # Model, alias or route of requests that name none; empty: the only model there is.
     default_model: str = ""
     # Other names of models or routes.

@@ -22,6 +22,7 @@ from meshlm.router.identity import KeyRing
 from meshlm.router.ledger import Ledger
 from meshlm.router.pipeline import Pipeline
 from meshlm.router.service import InferenceServicer
+from meshlm.router.vigilance import Vigilance
 from meshlm.v1 import inference_pb2_grpc
 
 log = structlog.get_logger()
@@ -38,7 +39,14 @@ class RouterService:
         self._answers = Answers(config)
         self._guards = Guards(config)
         ledger = Ledger(self._redis, config)
-        self._pipeline = Pipeline(config, ledger=ledger, fleet=self._fleet, answers=self._answers, guards=self._guards)
+        self._pipeline = Pipeline(
+            config,
+            ledger=ledger,
+            fleet=self._fleet,
+            answers=self._answers,
+            guards=self._guards,
+            vigilance=Vigilance(config, self._redis),
+        )
 
     def register(self, grpc_server: grpc.aio.Server) -> Sequence[str]:
         servicer = InferenceServicer(self._config, KeyRing(self._config.keys), self._fleet, self._pipeline)

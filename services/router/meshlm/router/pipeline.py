@@ -27,6 +27,7 @@ from meshlm.router.residency import Residency
 from meshlm.router.retries import RetryBudget
 from meshlm.router.routes import Routes
 from meshlm.router.survival import LastingCall
+from meshlm.router.vigilance import Vigilance, admission_of
 from meshlm.router.work import Work
 from meshlm.v1 import cache_pb2, inference_pb2
 from meshlm.v1 import generation_pb2 as pb
@@ -38,7 +39,16 @@ T = TypeVar("T")
 
 
 class Pipeline:
-    def __init__(self, config: RouterConfig, *, ledger: Ledger, fleet: Fleet, answers: Answers, guards: Guards) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        ledger: Ledger,
+        fleet: Fleet,
+        answers: Answers,
+        guards: Guards,
+        vigilance: Vigilance,
+    ) -> None:
         self._config = config
         self._ledger = ledger
         self._book = LimitBook(config)
@@ -47,6 +57,7 @@ class Pipeline:
         self.routes = Routes(config, fleet)
         self._answers = answers
         self._guards = guards
+        self._vigilance = vigilance
         self._recorder = Recorder()
         retries = RetryBudget(config.streams.retry_share, config.streams.retries_per_second)
         self._dispatcher = Dispatcher(fleet, retries)
@@ -56,6 +67,7 @@ class Pipeline:
         """The responses to a request that was identified. Passes through `_settle` whatever happens."""
         try:
             self._resolve(work)
+            await self._vigilance.look(work)
             await self._admit(work)
             await self._choose(work)
             screening = asyncio.create_task(self._screen(work))
@@ -69,6 +81,7 @@ class Pipeline:
                 await _abandon(screening)
             work.outcome = "complete"
         except MeshError as error:
+            work.error = error
             work.outcome, work.limit = error.reason, error.metadata.get("limit", "")
             raise
         except Exception:
@@ -267,6 +280,8 @@ class Pipeline:
         )
         if work.lookup.answer is None and (seed := work.seed) is not None:
             start.seed = seed
+        if (admission := admission_of(work)) is not None:
+            start.admission.MergeFrom(admission)
         if work.reservation is not None and (left := work.reservation.left):
             start.limits.MergeFrom(
                 inference_pb2.LimitState(
@@ -295,6 +310,7 @@ class Pipeline:
                 current.set_attribute(Name.LEDGER_MODE, work.reservation.mode)
             if work.lookup.flight:
                 await self._end_flight(work)
+        await self._vigilance.note(work)
         self._recorder.record(work)
 
     async def _end_flight(self, work: Work) -> None:

@@ -108,6 +108,7 @@ class Recorder:
             cache=work.lookup.outcome,
             ledger=work.reservation.mode if work.reservation is not None else "",
             limit=work.limit,
+            **(work.assessment.record if work.assessment is not None else {}),
             prompt_tokens=work.usage.prompt_tokens,
             cached_prompt_tokens=work.usage.cached_prompt_tokens,
             completion_tokens=work.usage.completion_tokens,

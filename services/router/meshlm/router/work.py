@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from meshlm.chassis.errors import MeshError, Reason, invalid
 from meshlm.chassis.prefixes import TextPrefix
@@ -23,6 +24,9 @@ from meshlm.router.residency import ANYWHERE, Regions
 from meshlm.router.routes import Decision, Query
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
+
+if TYPE_CHECKING:
+    from meshlm.router.vigilance import Assessment
 
 _PRIORITIES = {
     "critical": pb.PRIORITY_CRITICAL,
@@ -49,6 +53,8 @@ class Work:
     terms: Terms | None = None  # once its model is known
     reservation: Reservation | None = None
     limit: str = ""  # that refused it, or ended its stream
+    assessment: Assessment | None = None  # of its caller's risk, unless that is not looked at
+    error: MeshError | None = None  # that ended it
     choice: Choice | None = None
     replica: Replica | None = None  # that computes, or was the last to
     replicas: list[str] = field(default_factory=list)  # all that computed, in order
