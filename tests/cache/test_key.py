@@ -52,6 +52,27 @@ def message(**fields: str) -> Change:
     return lambda made: made.input.chat.messages[0].MergeFrom(g.Message(**fields))
 
 
+def parts(*given: tuple[str, bool]) -> Change:
+    def change(made: g.Generation) -> None:
+        made.input.chat.messages[0].ClearField("content")
+        for text, untrusted in given:
+            made.input.chat.messages[0].parts.add(text=text, untrusted=untrusted)
+
+    return change
+
+
+def test_parts_count_by_what_they_say_and_by_whose_words_they_are() -> None:
+    plain = key(generation())
+    assert key(changed(parts(("Hel", False), ("lo", False)))) == plain
+    assert key(changed(parts(("Hel", False), ("lo", True)))) != plain
+    assert key(changed(parts(("Hel", False), ("lo", True)))) != key(changed(parts(("Hell", False), ("o", True))))
+
+
+def test_an_input_that_the_model_reads_otherwise_has_another_key() -> None:
+    marked = str(derive("t", generation(), "r", "p", wording="datamark"))
+    assert marked != key(generation())
+
+
 DEFAULTS = {
     "top_p": 1.0,
     "top_k": 0,
@@ -161,7 +182,8 @@ def test_every_field_of_a_generation_has_been_thought_of() -> None:
         "logit_bias", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs", "n",
     }  # fmt: skip
     assert {field.name for field in g.KvPolicy.DESCRIPTOR.fields} == {"mode", "tokens", "sinks"}
-    assert {field.name for field in g.Message.DESCRIPTOR.fields} == {"role", "content", "name"}
+    assert {field.name for field in g.Message.DESCRIPTOR.fields} == {"role", "content", "name", "parts"}
+    assert {field.name for field in g.Part.DESCRIPTOR.fields} == {"text", "untrusted"}
     assert {field.name for field in g.Chat.DESCRIPTOR.fields} == {"messages", "add_generation_prompt"}
 
 

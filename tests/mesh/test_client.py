@@ -9,7 +9,7 @@ import pytest
 
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.mesh.client import AsyncMesh, End, Event, Mesh, Start, Text
-from meshlm.mesh.requests import Asked, generation
+from meshlm.mesh.requests import Asked, generation, with_documents
 from meshlm.v1 import generation_pb2
 from tests.mesh.fakes import KEY, WORDS, ScriptedRouter
 
@@ -190,6 +190,13 @@ class TestGeneration:
         made = generation(messages=[("user", "hi"), {"role": "user", "content": "ho", "name": "n"}])
         assert made.sampling.ListFields() == []
         assert [(turn.content, turn.name) for turn in made.input.chat.messages] == [("hi", ""), ("ho", "n")]
+
+    def test_a_turn_may_bring_texts_of_others_along(self) -> None:
+        page = {"text": "a page", "untrusted": True}
+        made = generation(messages=[with_documents("Sum up:", ["a page"]), {"role": "user", "parts": [page]}])
+        first, second = made.input.chat.messages
+        assert [(part.text, part.untrusted) for part in first.parts] == [("Sum up:", False), ("a page", True)]
+        assert [(part.text, part.untrusted) for part in second.parts] == [("a page", True)]
 
     @pytest.mark.parametrize(
         ("asked", "field"),

@@ -109,6 +109,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.shift = 0  # of its token offsets
         self.hold: asyncio.Event | None = None  # before each piece after the first
         self.requests: list[worker_pb2.RunGenerationRequest] = []
+        self.counted: list[worker_pb2.CountInputTokensRequest] = []
         self.cancelled = asyncio.Event()
 
     async def WatchLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
@@ -120,6 +121,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             self.changed.clear()
 
     async def CountInputTokens(self, request: Any, context: Any) -> Any:
+        self.counted.append(request)
         return worker_pb2.CountInputTokensResponse(prompt_tokens=7, token_text="decoded")
 
     async def RunGeneration(self, request: Any, context: Any) -> AsyncIterator[Any]:
@@ -172,6 +174,7 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
         self.declines: MeshError | None = None
         self.stops = "secret"  # the word from which on answers are blocked
         self.inputs: list[Any] = []
+        self.starts: list[Any] = []  # of output checks
 
     async def CheckInput(self, request: Any, context: Any) -> Any:
         self.inputs.append(request)
@@ -192,6 +195,7 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
         whole = ""
         async for request in requests:
             if request.WhichOneof("event") == "start":
+                self.starts.append(request.start)
                 continue
             if self.down:
                 raise RuntimeError

@@ -25,29 +25,29 @@ _sym_db = _symbol_database.Default()
 from meshlm.v1 import generation_pb2 as meshlm_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15meshlm/v1/cache.proto\x12\tmeshlm.v1\x1a\x1ameshlm/v1/generation.proto\"\xcb\x01\n\rLookUpRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12)\n\ngeneration\x18\x03 \x01(\x0b\x32\x15.meshlm.v1.Generation\x12\x16\n\x0emodel_revision\x18\x04 \x01(\t\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x0f\n\x07refresh\x18\x06 \x01(\x08\x12\x14\n\x0cwait_seconds\x18\x07 \x01(\x01\x12\x1c\n\x14\x61llow_control_tokens\x18\x08 \x01(\x08\"\xbc\x01\n\x0c\x43\x61\x63hedAnswer\x12 \n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x10.meshlm.v1.Chunk\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.Usage\x12+\n\x0foutput_verdicts\x18\x03 \x03(\x0b\x32\x12.meshlm.v1.Verdict\x12)\n\rinput_verdict\x18\x04 \x01(\x0b\x32\x12.meshlm.v1.Verdict\x12\x11\n\tstored_at\x18\x05 \x01(\x01\"\x81\x01\n\x0eLookUpResponse\x12)\n\x07outcome\x18\x01 \x01(\x0e\x32\x18.meshlm.v1.LookUpOutcome\x12\'\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x17.meshlm.v1.CachedAnswer\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x0e\n\x06\x66light\x18\x04 \x01(\t\"T\n\x0cStoreRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x66light\x18\x02 \x01(\t\x12\'\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x17.meshlm.v1.CachedAnswer\"\x1f\n\rStoreResponse\x12\x0e\n\x06stored\x18\x01 \x01(\x08\"-\n\x0eReleaseRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x66light\x18\x02 \x01(\t\"\x11\n\x0fReleaseResponse*\x9c\x01\n\rLookUpOutcome\x12\x1f\n\x1bLOOK_UP_OUTCOME_UNSPECIFIED\x10\x00\x12\x17\n\x13LOOK_UP_OUTCOME_HIT\x10\x01\x12\x1a\n\x16LOOK_UP_OUTCOME_SHARED\x10\x02\x12\x18\n\x14LOOK_UP_OUTCOME_LEAD\x10\x03\x12\x1b\n\x17LOOK_UP_OUTCOME_TIMEOUT\x10\x04\x32\xcb\x01\n\x0c\x43\x61\x63heService\x12=\n\x06LookUp\x12\x18.meshlm.v1.LookUpRequest\x1a\x19.meshlm.v1.LookUpResponse\x12:\n\x05Store\x12\x17.meshlm.v1.StoreRequest\x1a\x18.meshlm.v1.StoreResponse\x12@\n\x07Release\x12\x19.meshlm.v1.ReleaseRequest\x1a\x1a.meshlm.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15meshlm/v1/cache.proto\x12\tmeshlm.v1\x1a\x1ameshlm/v1/generation.proto\"\xdc\x01\n\rLookUpRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12)\n\ngeneration\x18\x03 \x01(\x0b\x32\x15.meshlm.v1.Generation\x12\x16\n\x0emodel_revision\x18\x04 \x01(\t\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x0f\n\x07refresh\x18\x06 \x01(\x08\x12\x14\n\x0cwait_seconds\x18\x07 \x01(\x01\x12\x1c\n\x14\x61llow_control_tokens\x18\x08 \x01(\x08\x12\x0f\n\x07wording\x18\t \x01(\t\"\xbc\x01\n\x0c\x43\x61\x63hedAnswer\x12 \n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x10.meshlm.v1.Chunk\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.Usage\x12+\n\x0foutput_verdicts\x18\x03 \x03(\x0b\x32\x12.meshlm.v1.Verdict\x12)\n\rinput_verdict\x18\x04 \x01(\x0b\x32\x12.meshlm.v1.Verdict\x12\x11\n\tstored_at\x18\x05 \x01(\x01\"\x81\x01\n\x0eLookUpResponse\x12)\n\x07outcome\x18\x01 \x01(\x0e\x32\x18.meshlm.v1.LookUpOutcome\x12\'\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x17.meshlm.v1.CachedAnswer\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x0e\n\x06\x66light\x18\x04 \x01(\t\"T\n\x0cStoreRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x66light\x18\x02 \x01(\t\x12\'\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x17.meshlm.v1.CachedAnswer\"\x1f\n\rStoreResponse\x12\x0e\n\x06stored\x18\x01 \x01(\x08\"-\n\x0eReleaseRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x66light\x18\x02 \x01(\t\"\x11\n\x0fReleaseResponse*\x9c\x01\n\rLookUpOutcome\x12\x1f\n\x1bLOOK_UP_OUTCOME_UNSPECIFIED\x10\x00\x12\x17\n\x13LOOK_UP_OUTCOME_HIT\x10\x01\x12\x1a\n\x16LOOK_UP_OUTCOME_SHARED\x10\x02\x12\x18\n\x14LOOK_UP_OUTCOME_LEAD\x10\x03\x12\x1b\n\x17LOOK_UP_OUTCOME_TIMEOUT\x10\x04\x32\xcb\x01\n\x0c\x43\x61\x63heService\x12=\n\x06LookUp\x12\x18.meshlm.v1.LookUpRequest\x1a\x19.meshlm.v1.LookUpResponse\x12:\n\x05Store\x12\x17.meshlm.v1.StoreRequest\x1a\x18.meshlm.v1.StoreResponse\x12@\n\x07Release\x12\x19.meshlm.v1.ReleaseRequest\x1a\x1a.meshlm.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshlm.v1.cache_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOOKUPOUTCOME']._serialized_start=779
-  _globals['_LOOKUPOUTCOME']._serialized_end=935
+  _globals['_LOOKUPOUTCOME']._serialized_start=796
+  _globals['_LOOKUPOUTCOME']._serialized_end=952
   _globals['_LOOKUPREQUEST']._serialized_start=65
-  _globals['_LOOKUPREQUEST']._serialized_end=268
-  _globals['_CACHEDANSWER']._serialized_start=271
-  _globals['_CACHEDANSWER']._serialized_end=459
-  _globals['_LOOKUPRESPONSE']._serialized_start=462
-  _globals['_LOOKUPRESPONSE']._serialized_end=591
-  _globals['_STOREREQUEST']._serialized_start=593
-  _globals['_STOREREQUEST']._serialized_end=677
-  _globals['_STORERESPONSE']._serialized_start=679
-  _globals['_STORERESPONSE']._serialized_end=710
-  _globals['_RELEASEREQUEST']._serialized_start=712
-  _globals['_RELEASEREQUEST']._serialized_end=757
-  _globals['_RELEASERESPONSE']._serialized_start=759
-  _globals['_RELEASERESPONSE']._serialized_end=776
-  _globals['_CACHESERVICE']._serialized_start=938
-  _globals['_CACHESERVICE']._serialized_end=1141
+  _globals['_LOOKUPREQUEST']._serialized_end=285
+  _globals['_CACHEDANSWER']._serialized_start=288
+  _globals['_CACHEDANSWER']._serialized_end=476
+  _globals['_LOOKUPRESPONSE']._serialized_start=479
+  _globals['_LOOKUPRESPONSE']._serialized_end=608
+  _globals['_STOREREQUEST']._serialized_start=610
+  _globals['_STOREREQUEST']._serialized_end=694
+  _globals['_STORERESPONSE']._serialized_start=696
+  _globals['_STORERESPONSE']._serialized_end=727
+  _globals['_RELEASEREQUEST']._serialized_start=729
+  _globals['_RELEASEREQUEST']._serialized_end=774
+  _globals['_RELEASERESPONSE']._serialized_start=776
+  _globals['_RELEASERESPONSE']._serialized_end=793
+  _globals['_CACHESERVICE']._serialized_start=955
+  _globals['_CACHESERVICE']._serialized_end=1158
 # @@protoc_insertion_point(module_scope)

@@ -66,6 +66,7 @@ class LookUpRequest(google.protobuf.message.Message):
     REFRESH_FIELD_NUMBER: builtins.int
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
     ALLOW_CONTROL_TOKENS_FIELD_NUMBER: builtins.int
+    WORDING_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id of the request, for logs and spans."""
     tenant: builtins.str
@@ -82,6 +83,10 @@ class LookUpRequest(google.protobuf.message.Message):
     """How long to wait for another's flight, seconds. The caller's deadline bounds it too."""
     allow_control_tokens: builtins.bool
     """As in RunGenerationRequest: a plain prompt with control tokens is another prompt where they count."""
+    wording: builtins.str
+    """How the model gets to read the input where that is not word for word, e.g. `datamark`: answers to the same input
+    read otherwise are others. Empty: word for word.
+    """
     @property
     def generation(self) -> meshlm.v1.generation_pb2.Generation:
         """What would be generated, with the model's name resolved."""
@@ -97,9 +102,10 @@ class LookUpRequest(google.protobuf.message.Message):
         refresh: builtins.bool = ...,
         wait_seconds: builtins.float = ...,
         allow_control_tokens: builtins.bool = ...,
+        wording: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["generation", b"generation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["allow_control_tokens", b"allow_control_tokens", "generation", b"generation", "model_revision", b"model_revision", "policy", b"policy", "refresh", b"refresh", "request_id", b"request_id", "tenant", b"tenant", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow_control_tokens", b"allow_control_tokens", "generation", b"generation", "model_revision", b"model_revision", "policy", b"policy", "refresh", b"refresh", "request_id", b"request_id", "tenant", b"tenant", "wait_seconds", b"wait_seconds", "wording", b"wording"]) -> None: ...
 
 global___LookUpRequest = LookUpRequest
 

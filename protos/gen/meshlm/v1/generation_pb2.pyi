@@ -112,6 +112,33 @@ FINISH_REASON_BUDGET_SPENT: FinishReason.ValueType  # 4
 global___FinishReason = FinishReason
 
 @typing.final
+class Part(google.protobuf.message.Message):
+    """A piece of a turn's text."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    UNTRUSTED_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """The text. Control tokens of the model inside it are read as plain text."""
+    untrusted: builtins.bool
+    """The text is not the speaker's own, but a document, a web page, what a tool returned: the guard looks for
+    instructions in it, and the model gets it marked as data (the key's `spotlight`). Default: whether the role is
+    `tool`.
+    """
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+        untrusted: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_untrusted", b"_untrusted", "untrusted", b"untrusted"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_untrusted", b"_untrusted", "text", b"text", "untrusted", b"untrusted"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_untrusted", b"_untrusted"]) -> typing.Literal["untrusted"] | None: ...
+
+global___Part = Part
+
+@typing.final
 class Message(google.protobuf.message.Message):
     """One turn of a conversation."""
 
@@ -120,21 +147,27 @@ class Message(google.protobuf.message.Message):
     ROLE_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    PARTS_FIELD_NUMBER: builtins.int
     role: builtins.str
     """Who speaks: `system`, `user`, `assistant` or `tool`, as the model's chat template knows them."""
     content: builtins.str
-    """The turn's text. Control tokens of the model inside it are read as plain text."""
+    """The turn's text, where it has no parts. Control tokens of the model inside it are read as plain text."""
     name: builtins.str
     """Name of the speaker or tool, where the chat template uses one: 1 to 64 of A-Z a-z 0-9 _ -."""
+    @property
+    def parts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Part]:
+        """The turn's text in pieces, instead of `content`: they follow each other with nothing between. At most 256."""
+
     def __init__(
         self,
         *,
         role: builtins.str = ...,
         content: builtins.str = ...,
         name: builtins.str | None = ...,
+        parts: collections.abc.Iterable[global___Part] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_name", b"_name", "name", b"name"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_name", b"_name", "content", b"content", "name", b"name", "role", b"role"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_name", b"_name", "content", b"content", "name", b"name", "parts", b"parts", "role", b"role"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_name", b"_name"]) -> typing.Literal["name"] | None: ...
 
 global___Message = Message

@@ -4,7 +4,9 @@ isort:skip_file
 The guard's API: for routers, inside the mesh."""
 
 import builtins
+import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.message
 import meshlm.v1.generation_pb2
 import typing
@@ -79,6 +81,7 @@ class OutputCheckStart(google.protobuf.message.Message):
     TENANT_FIELD_NUMBER: builtins.int
     POLICY_FIELD_NUMBER: builtins.int
     INPUT_FIELD_NUMBER: builtins.int
+    CANARIES_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id of the request, for logs and spans."""
     tenant: builtins.str
@@ -89,6 +92,10 @@ class OutputCheckStart(google.protobuf.message.Message):
     def input(self) -> meshlm.v1.generation_pb2.Input:
         """The conversation that is answered, for guards that read it."""
 
+    @property
+    def canaries(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Tokens hidden in the system prompt, which no answer may hold in any disguise: at most 4, each of 32 hex digits."""
+
     def __init__(
         self,
         *,
@@ -96,9 +103,10 @@ class OutputCheckStart(google.protobuf.message.Message):
         tenant: builtins.str = ...,
         policy: builtins.str = ...,
         input: meshlm.v1.generation_pb2.Input | None = ...,
+        canaries: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["input", b"input"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["input", b"input", "policy", b"policy", "request_id", b"request_id", "tenant", b"tenant"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["canaries", b"canaries", "input", b"input", "policy", b"policy", "request_id", b"request_id", "tenant", b"tenant"]) -> None: ...
 
 global___OutputCheckStart = OutputCheckStart
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshlm.chassis.errors import invalid
+from meshlm.chassis.parts import pieces
 from meshlm.chassis.validation import KV_SINKS, keeps_part
 from meshlm.v1 import generation_pb2 as g
 
 # Raised when the encoding changes: older answers are then never found.
-_ENCODING = 2
+_ENCODING = 3
 _TEXT = re.compile(r"([0-9a-f]{16}):([0-9a-f]{64})")
 
 
@@ -51,9 +52,18 @@ class Key:
 
 
 def derive(
-    tenant: str, generation: g.Generation, model_revision: str, policy: str, *, control_tokens: bool = False
+    tenant: str,
+    generation: g.Generation,
+    model_revision: str,
+    policy: str,
+    *,
+    control_tokens: bool = False,
+    wording: str = "",
 ) -> Key:
-    """The key. Raises MeshError REQUEST_INVALID for a generation without input."""
+    """The key; `control_tokens` and `wording` as in LookUpRequest.
+
+    Raises MeshError REQUEST_INVALID for a generation without input.
+    """
     if not tenant:
         raise invalid("tenant", "required")
     content = {
@@ -69,6 +79,7 @@ def derive(
         "control": control_tokens and generation.input.HasField("prompt"),  # nowhere else do they count
         "sampling": _sampling(generation.sampling),
         "kv": _kv(generation.kv_policy),
+        "wording": wording,
     }
     # JSON with sorted names and escaped text is injective: two contents never share an encoding.
     encoded = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -78,7 +89,7 @@ def derive(
 def _input(value: g.Input) -> dict[str, Any]:
     match value.WhichOneof("input"):
         case "chat":
-            messages = [[m.role, m.content, _optional(m, "name")] for m in value.chat.messages]
+            messages = [[m.role, pieces(m), _optional(m, "name")] for m in value.chat.messages]
             opens = value.chat.add_generation_prompt if value.chat.HasField("add_generation_prompt") else True
             return {"chat": messages, "opens": opens}
         case "prompt":

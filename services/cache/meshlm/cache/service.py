@@ -76,6 +76,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             request.model_revision,
             request.policy,
             control_tokens=request.allow_control_tokens,
+            wording=request.wording,
         )
         wait = self._wait(request.wait_seconds, seconds_left(context))
         landing = await self._look_up(key, wait, refresh=request.refresh)

@@ -106,6 +106,8 @@ class Name:
     ROUTER_QUARANTINED = "meshlm.router.quarantined"
     STREAM_RESUMES = "meshlm.stream.resumes"
     STREAM_REPLICAS = "meshlm.stream.replicas"
+    WORDING = "meshlm.wording"
+    WORDINGS = "meshlm.wordings"
     PREEMPTIONS = "meshlm.engine.preemptions"
     CHOICE = "meshlm.choice"
     GUARD_DIRECTION = "meshlm.guard.direction"

@@ -12,6 +12,7 @@ from meshlm.chassis.errors import invalid
 from meshlm.v1 import generation_pb2 as pb
 
 MAX_MESSAGES = 1024
+MAX_PARTS = 256
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
@@ -66,10 +67,18 @@ def check_input(source: pb.Input, path: str = "generation.input") -> None:
                 raise invalid(f"{path}.chat.messages[{number}].role", "must be system, user, assistant or tool")
             if message.HasField("name") and not _SPEAKER.fullmatch(message.name):  # templates print it
                 raise invalid(f"{path}.chat.messages[{number}].name", "must have 1 to 64 of A-Z a-z 0-9 _ -")
+            _check_parts(message, f"{path}.chat.messages[{number}].parts")
     elif kind == "prompt" and not source.prompt:
         raise invalid(f"{path}.prompt", "must not be empty")
     elif kind == "token_ids" and not source.token_ids.ids:
         raise invalid(f"{path}.token_ids", "must not be empty")
+
+
+def _check_parts(message: pb.Message, path: str) -> None:
+    if message.parts and message.content:
+        raise invalid(path, "a message has content or parts, not both")
+    if len(message.parts) > MAX_PARTS:
+        raise invalid(path, f"more than {MAX_PARTS}")
 
 
 def check_sampling(sampling: pb.Sampling, path: str = "generation.sampling") -> None:

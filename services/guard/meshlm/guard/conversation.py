@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from meshlm.chassis.parts import pieces
 from meshlm.guard.judging import Turn
 from meshlm.v1 import generation_pb2
 
@@ -15,7 +16,8 @@ def turns_of(source: generation_pb2.Input, token_text: str, trusted_roles: Colle
     """The turns of an input; none for one that holds nothing.
 
     Offsets count through the contents of all messages, joined by one line feed; a prompt counts from 0. A speaker's
-    name, which chat templates print, is a turn of its own: what is in it is told from where the message begins.
+    name, which chat templates print, is a turn of its own: what is in it is told from where the message begins. So is
+    each part of a message that is not its speaker's own; it is judged whoever sends it.
     """
     match source.WhichOneof("input"):
         case "prompt":
@@ -28,8 +30,13 @@ def turns_of(source: generation_pb2.Input, token_text: str, trusted_roles: Colle
                 judged = message.role not in trusted_roles
                 if message.name and judged:
                     turns.append(Turn(message.role, message.name, offset))
-                turns.append(Turn(message.role, message.content, offset, judged=judged))
-                offset += len(message.content) + len(_JOINT)
+                for piece in pieces(message):
+                    trusted = not piece.untrusted
+                    turns.append(
+                        Turn(message.role, piece.text, offset, untrusted=not trusted, judged=judged or not trusted)
+                    )
+                    offset += len(piece.text)
+                offset += len(_JOINT)
             return turns
         case _:
             return []

@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from meshlm.chassis.errors import MeshError
+from meshlm.chassis.errors import MeshError, invalid
 from meshlm.mesh.client import Mesh
-from meshlm.mesh.requests import Asked
+from meshlm.mesh.requests import Asked, Turn, with_documents
 from meshlm.mesh.settings import add_endpoint_arguments, find_endpoint
 from meshlm.mesh.told import Told
 
@@ -33,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kept.add_argument(
         "--kv-importance", type=int, metavar="N", help="the worker remembers the N tokens that mattered most so far"
     )
+    parser.add_argument(
+        "--document",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a text to read with the first question; the model is to take no orders from it (may be repeated)",
+    )
     parser.add_argument("--stats", action="store_true", help="tell time to first token, tokens/s and the request's id")
 
 
@@ -41,12 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
     endpoint = find_endpoint(arguments)
     console = Console(highlight=False, soft_wrap=True)
     options = _options(arguments)
-    turns: list[tuple[str, str]] = [("system", arguments.system)] if arguments.system else []
+    turns: list[Turn] = [("system", arguments.system)] if arguments.system else []
+    documents = [_read(path) for path in arguments.document]
     with Mesh(endpoint.target, key=endpoint.key) as mesh:
         if arguments.text is not None:
-            answer(mesh, [*turns, ("user", arguments.text)], options, console, stats=arguments.stats)
+            answer(mesh, [*turns, _question(arguments.text, documents)], options, console, stats=arguments.stats)
             return 0
-        return _converse(mesh, turns, options, console, stats=arguments.stats)
+        return _converse(mesh, turns, documents, options, console, stats=arguments.stats)
 
 
 def _options(arguments: argparse.Namespace) -> Asked:
@@ -60,7 +70,21 @@ def _options(arguments: argparse.Namespace) -> Asked:
     return options
 
 
-def _converse(mesh: Mesh, turns: list[tuple[str, str]], options: Asked, console: Console, *, stats: bool) -> int:
+def _read(path: Path) -> str:
+    """A file's text. Raises MeshError REQUEST_INVALID."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise invalid("document", f"{path}: {error.strerror if isinstance(error, OSError) else 'no UTF-8'}") from None
+
+
+def _question(text: str, documents: Sequence[str]) -> Turn:
+    return with_documents(f"{text}\n\n", documents) if documents else ("user", text)
+
+
+def _converse(
+    mesh: Mesh, turns: list[Turn], documents: list[str], options: Asked, console: Console, *, stats: bool
+) -> int:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives `input` its history and editing
@@ -68,7 +92,7 @@ def _converse(mesh: Mesh, turns: list[tuple[str, str]], options: Asked, console:
     while (said := _ask(console)) is not None:
         if not said.strip():
             continue
-        asked = [*turns, ("user", said)]
+        asked = [*turns, _question(said, documents)]
         try:
             told = answer(mesh, asked, options, console, stats=stats)
         except MeshError as error:
@@ -76,6 +100,7 @@ def _converse(mesh: Mesh, turns: list[tuple[str, str]], options: Asked, console:
             continue
         if told.text:
             turns[:] = [*asked, ("assistant", told.text)]
+            documents = []
     return 0
 
 
@@ -88,9 +113,7 @@ def _ask(console: Console) -> str | None:
         return None
 
 
-def answer(
-    mesh: Mesh, turns: Sequence[tuple[str, str]], options: Asked, console: Console, *, stats: bool = False
-) -> Told:
+def answer(mesh: Mesh, turns: Sequence[Turn], options: Asked, console: Console, *, stats: bool = False) -> Told:
     """Stream one answer to the console; Ctrl-C ends it. Raises MeshError."""
     told = Told()
     asked = Asked(**options, messages=turns)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 from meshlm.chassis.errors import invalid
 from meshlm.chassis.validation import is_deterministic
 from meshlm.v1 import generation_pb2 as pb
 
-Turn = Mapping[str, str] | pb.Message | tuple[str, str]
+# In a mapping, `parts` may stand instead of `content`: a list of `{"text": ..., "untrusted": ...}` or of parts.
+Turn = Mapping[str, Any] | pb.Message | tuple[str, str]
 T = TypeVar("T")
 Priority = Literal["critical", "interactive", "standard", "batch"]
 CacheUse = Literal["default", "always", "bypass", "refresh"]
@@ -114,6 +115,12 @@ def input_of(
         raise invalid("token_ids", "expected integers of 32 bits, none negative") from None
 
 
+def with_documents(question: str, documents: Sequence[str], role: str = "user") -> pb.Message:
+    """A turn that brings texts of others along: they are judged as such, and the model gets them marked as data."""
+    parts = [pb.Part(text=question), *(pb.Part(text=text, untrusted=True) for text in documents)]
+    return pb.Message(role=role, parts=parts)
+
+
 def _turn(turn: Turn, index: int) -> pb.Message:
     if isinstance(turn, pb.Message):
         return turn
@@ -122,7 +129,7 @@ def _turn(turn: Turn, index: int) -> pb.Message:
     try:
         return pb.Message(**turn)
     except (ValueError, TypeError):
-        raise invalid(f"messages[{index}]", "expected text in role, content and perhaps name") from None
+        raise invalid(f"messages[{index}]", "expected role, content (or parts) and perhaps name") from None
 
 
 def _sample(sampling: pb.Sampling, asked: Asked) -> None:

@@ -49,6 +49,7 @@ class Answers:
         key: KeyConfig,
         generation: pb.Generation,
         revision: str,
+        wording: str = "",
         *,
         seconds_left: float,
         refresh: bool = False,
@@ -63,6 +64,7 @@ class Answers:
             model_revision=revision,
             policy=key.guard_policy,
             allow_control_tokens=key.raw_prompts,
+            wording=wording,
             refresh=refresh or generation.cache_policy == pb.CACHE_POLICY_REFRESH,
         )
         with client_span(_SERVICE, "LookUp") as span:

@@ -109,6 +109,12 @@ class KeyConfig(LimitConfig):
     guard_failure: Literal["refuse", "allow"] = "refuse"
     # What is done with this key's risk (docs/risk.md); empty: as `router.risk.mode` says.
     risk: Literal["", "enforce", "shadow", "off"] = ""
+    # How a model gets to read text that is not its speaker's own (`parts` marked untrusted, messages of tools), so that
+    # it takes no orders from it: `datamark`: spaces replaced by a character that no document can know; `delimit`: lines
+    # around it, which costs fewer tokens and helps less; `off`: like all other text. See docs/guard.md.
+    spotlight: Literal["off", "datamark", "delimit"] = "datamark"
+    # Put a secret token into system messages, and stop answers that hold it in whatever disguise: they leak the prompt.
+    canary: bool = False
     # Priority of requests that name none, and the most urgent that a request may name.
     priority: Literal["critical", "interactive", "standard", "batch"] = "interactive"
 
@@ -192,6 +198,8 @@ class RouterConfig:
         if unheld := set(self.tenants) - {key.tenant for key in self.keys}:
             raise ValueError(f"tenants.{min(unheld)}: no key is of this tenant")
         self._check_names()
+        if not self.guard and any(key.canary for key in self.keys):
+            raise ValueError("a key has `canary`, and there is no guard to look for it")
         if not self.prices and any(limits.budgeted for limits in self.all_limits()):
             raise ValueError("a limit on money needs `prices`: without them nothing costs anything")
 

@@ -20,6 +20,7 @@ from meshlm.chassis.telemetry import Name, fail, tracer
 from meshlm.router.fleet import Fleet
 from meshlm.router.replica import Attempt, Replica
 from meshlm.router.retries import RetryBudget
+from meshlm.router.wording import Wording
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
@@ -37,9 +38,12 @@ _UNHEARD_SECONDS = 1.5
 class WorkerCall:
     """A generation that a worker accepted. One timer finds it silent: a timer a message would cost too much."""
 
-    def __init__(self, call: Any, span: Span, attempt: Attempt, accepted: worker_pb2.RunGenerationResponse) -> None:
+    def __init__(
+        self, call: Any, span: Span, attempt: Attempt, accepted: worker_pb2.RunGenerationResponse, wording: Wording
+    ) -> None:
         self.replica = attempt.replica
         self._attempt = attempt
+        self._wording = wording
         self.usage = accepted.usage
         self.limit = accepted.accepted.max_tokens
         self.idle_seconds = math.inf  # without a message, after which it is given up; a prompt may take any time
@@ -69,7 +73,7 @@ class WorkerCall:
         if message is grpc.aio.EOF:
             return None
         self._attempt.note(message)
-        return message
+        return self._wording.restore(message)
 
     def _watch(self) -> None:
         """Give the call up once its worker says nothing for too long, or cannot be heard at all."""
@@ -170,6 +174,7 @@ def _request(work: Work) -> worker_pb2.RunGenerationRequest:
         allow_control_tokens=work.key.raw_prompts,
         tenant=work.key.tenant,
     )
+    request.generation.input.CopyFrom(work.wording().source)
     if work.choices == 1:
         request.generation.return_token_ids = True
     if (seed := work.seed) is not None:
@@ -215,7 +220,7 @@ async def _offer(work: Work, replica: Replica, request: worker_pb2.RunGeneration
             attempt.end(reason)
             fail(span, "refused")
             span.end()
-    return WorkerCall(call, span, attempt, first)
+    return WorkerCall(call, span, attempt, first, work.wording())
 
 
 async def token_text(work: Work) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -69,10 +69,12 @@ class Guards:
         verdict: pb.Verdict = response.verdict
         return verdict
 
-    def open_output(self, request_id: str, key: KeyConfig, source: pb.Input) -> OutputWindow:
-        """Checks one answer as it is made. Close it on every ending."""
+    def open_output(
+        self, request_id: str, key: KeyConfig, source: pb.Input, canaries: Sequence[str] = ()
+    ) -> OutputWindow:
+        """Checks one answer as it is made; it may hold none of `canaries`. Close it on every ending."""
         start = guard_pb2.OutputCheckStart(
-            request_id=request_id, tenant=key.tenant, policy=key.guard_policy, input=source
+            request_id=request_id, tenant=key.tenant, policy=key.guard_policy, input=source, canaries=canaries
         )
         return OutputWindow(self._stub, start, key, self._seconds)
 

@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 
+from meshlm.chassis.parts import content_of
 from meshlm.v1 import generation_pb2 as pb
 
 # Both ends of a long text are looked at: what is appended to a prompt matters as much as how it begins.
@@ -32,7 +33,7 @@ class Measure:
 def text_of(source: pb.Input) -> str:
     """All text of an input; empty for token ids."""
     if source.WhichOneof("input") == "chat":
-        return "\n".join(message.content for message in source.chat.messages)
+        return "\n".join(content_of(message) for message in source.chat.messages)
     return source.prompt
 
 

@@ -181,7 +181,7 @@ class Pipeline:
             return
         assert work.choice is not None  # noqa: S101
         begun = time.perf_counter()
-        arguments = (work.request_id, work.key, work.generation, work.choice.revision)
+        arguments = (work.request_id, work.key, work.generation, work.choice.revision, work.wording().name)
         work.lookup = await self._answers.look_up(*arguments, seconds_left=work.seconds_left())
         work.timing.cache = time.perf_counter() - begun
         if work.lookup.answer is None:
@@ -207,7 +207,7 @@ class Pipeline:
     async def _generate(self, work: Work, screening: asyncio.Task[pb.Verdict | None]) -> AsyncGenerator[Response, None]:
         # Prefill and guard run at the same time; nothing leaves before the verdict.
         dispatching = asyncio.create_task(self._dispatch(work))
-        window = self._guards.open_output(work.request_id, work.key, work.generation.input)
+        window = self._guards.open_output(work.request_id, work.key, work.generation.input, work.wording().canaries)
         call: LastingCall | None = None
         try:
             work.input_verdict = await screening

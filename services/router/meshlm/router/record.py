@@ -24,6 +24,9 @@ class Recorder:
             Name.LEDGER_CHARGED, "{token}", "Tokens charged to limits: those billed, times the request's weight"
         )
         self._cost = meter().create_counter(Name.COST, "{micro}", "Cost, millionths of the configured currency")
+        self._wordings = meter().create_counter(
+            Name.WORDINGS, "{request}", "Requests whose input the model did not get word for word, by what was done"
+        )
         self._requests = meter().create_counter("meshlm.requests", "{request}", "Requests, by outcome")
 
     def record(self, work: Work) -> None:
@@ -34,6 +37,8 @@ class Recorder:
         outcome = {"outcome": work.outcome, Name.ROUTING_MODEL_REASON: route.reason}
         self._requests.add(1, {**labels, Name.TENANT: work.key.tenant, **outcome})
         self._duration.record(work.elapsed(), labels)
+        if wording := work.wording().name:
+            self._wordings.add(1, {Name.TENANT: work.key.tenant, Name.WORDING: wording})
         if first := work.timing.time_to_first_token:
             self._first.record(first, labels)
             if work.usage.completion_tokens > 1 and work.complete:
@@ -87,6 +92,8 @@ class Recorder:
             attributes[Name.COST_MICROS] = cost
         if route.arm:
             attributes[Name.ROUTING_ARM] = route.arm
+        if wording := work.wording().name:
+            attributes[Name.WORDING] = wording
         if work.limit:
             attributes[Name.LEDGER_LIMIT] = work.limit
         if work.replica is not None:

@@ -18,6 +18,7 @@ from meshlm.router.identity import KeyRing
 from meshlm.router.measure import measure
 from meshlm.router.pipeline import Pipeline
 from meshlm.router.routes import Query, listed_names
+from meshlm.router.wording import word
 from meshlm.router.work import Work, check_size
 from meshlm.v1 import inference_pb2 as pb
 from meshlm.v1 import inference_pb2_grpc, worker_pb2
@@ -84,7 +85,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         generation = Generation(model=request.model, input=request.input)
         model = self._routes.resolve(Query(generation, key, measured.tokens, request_id(), path="model")).model
         replica = self._fleet.choose(Wanted(model=model, tenant=key.tenant, regions=regions)).replicas[0]
-        ask = worker_pb2.CountInputTokensRequest(input=request.input)
+        ask = worker_pb2.CountInputTokensRequest(input=word(request.input, key).source)
         timeout = seconds_left(context) or self._config.default_deadline_seconds
         try:
             counted = await replica.stub.CountInputTokens(ask, timeout=timeout, metadata=outgoing_metadata())

@@ -7,7 +7,7 @@ import secrets
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from meshlm.chassis.errors import MeshError, Reason, invalid
@@ -22,6 +22,7 @@ from meshlm.router.replica import Replica
 from meshlm.router.reservation import Reservation
 from meshlm.router.residency import ANYWHERE, Regions
 from meshlm.router.routes import Decision, Query
+from meshlm.router.wording import Wording, word
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
 
@@ -94,6 +95,8 @@ class Work:
         measured = measure(generation.input)
         _check_permissions(generation, key, measured, config)
         _check_resume(request, generation)
+        if (worded := word(generation.input, key)).name:
+            measured = replace(measured, tokens=measure(worded.source).tokens)
         if not generation.sampling.HasField("max_tokens"):
             generation.sampling.max_tokens = max(config.default_max_tokens, generation.sampling.min_tokens)
         # The key's priority is the default and the most urgent that it may ask for; a larger number is less urgent.
@@ -177,6 +180,10 @@ class Work:
         cut = {pb.FINISH_REASON_CONTENT_FILTER, pb.FINISH_REASON_BUDGET_SPENT}
         whole = self.complete and not cut.intersection(self.finishes.values())
         return whole and self.judged and self.choice is not None and self.choice.revision == self.lookup.revision
+
+    def wording(self) -> Wording:
+        """The input as the model gets to read it; the same however often it is asked for."""
+        return word(self.generation.input, self.key)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started

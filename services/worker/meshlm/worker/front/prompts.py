@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import structlog
 
 from meshlm.chassis.errors import MeshError, Reason, invalid
+from meshlm.chassis.parts import content_of
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
 from meshlm.worker.text.chat_template import ChatTemplate, ChatTemplateError
@@ -110,5 +111,5 @@ def _known(tokens: list[int], vocab_size: int, path: str, kind: str) -> list[int
 
 
 def _message(message: pb.Message) -> dict[str, str]:
-    fields = {"role": message.role, "content": message.content}
+    fields = {"role": message.role, "content": content_of(message)}
     return fields | {"name": message.name} if message.HasField("name") else fields
