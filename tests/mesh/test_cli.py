@@ -33,13 +33,13 @@ from meshlm.mesh.demo import Demo, DemoFailed
 from meshlm.mesh.model import PackagedModel
 from meshlm.mesh.show import SERVICES, SHARED
 from meshlm.router.config import KeyConfig, PriceConfig, TenantConfig
-from meshlm.router.route_config import RouteConfig, RuleConfig, TargetConfig
+from meshlm.router.route_config import RouteConfig, RuleConfig, ShadowConfig, TargetConfig
 from tests.mesh.fakes import KEY, WORDS, ScriptedRouter
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "mesh.toml"
 Captured = pytest.CaptureFixture[str]
 # Of the router's sections, those that deploy/mesh.toml has only examples of.
-ROUTER_KINDS = (KeyConfig, TenantConfig, PriceConfig, RouteConfig, RuleConfig, TargetConfig)
+ROUTER_KINDS = (KeyConfig, TenantConfig, PriceConfig, RouteConfig, RuleConfig, ShadowConfig, TargetConfig)
 
 
 @pytest.fixture(autouse=True)

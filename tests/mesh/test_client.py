@@ -92,7 +92,7 @@ class TestResume:
             events = await collect(mesh, temperature=0.0, resumes=2)
         assert text_of(events) == "".join(WORDS)
         assert [request.resume_from for request in router.requests] == [0, 2, 4]
-        # A name may lead elsewhere by then: half an answer is of the model that began it.
+        # An alias or a route may lead elsewhere by then: half an answer is of the model that began it.
         assert [request.generation.model for request in router.requests] == ["", "scripted", "scripted"]
         assert [event.offset for event in events if isinstance(event, Start)] == [0, 2, 4]
 

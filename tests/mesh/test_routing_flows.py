@@ -24,6 +24,10 @@ ROUTES = """
 [[router.routes.safe.rules]]
 targets = [{ model = "first" }]
 fallbacks = ["second"]
+[router.routes.shadowed]
+shadow = { model = "second", share = 1.0 }
+[[router.routes.shadowed.rules]]
+targets = [{ model = "first" }]
 [[router.routes.split.rules]]
 targets = [{ model = "first", weight = 90 }, { model = "second", weight = 10, arm = "canary" }]
 """
@@ -83,3 +87,23 @@ async def test_a_broken_stream_of_a_route_goes_on_with_the_model_that_began_it()
         assert set(models) == {"first"}
         assert killed
         assert text == whole
+
+
+async def test_a_shadow_model_that_is_killed_costs_no_request_and_gets_copies_again() -> None:
+    async with running(WORKERS, step=0.005, extra=ROUTES) as rig:
+
+        def copies() -> list[str]:
+            lines = (rig.folder.logs / "router.log").read_text().splitlines()
+            return [line for line in lines if '"event": "shadow"' in line and '"outcome": "complete"' in line]
+
+        async def copied(count: int) -> bool:
+            assert (await start(rig, "shadowed")).routing.model == "first"
+            return len(copies()) > count
+
+        await until(lambda: copied(0))
+        rig.kill("two")
+        for number in range(5):
+            assert (await start(rig, "shadowed", f"hello {number}")).routing.model == "first"
+        before = len(copies())
+        await until(lambda: copied(before))
+        assert "hello" not in "".join(copies())

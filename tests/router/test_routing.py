@@ -36,6 +36,7 @@ def router_config() -> dict[str, Any]:
         "routes": {
             "safe": RouteConfig(rules=(to("m", fallbacks=("n",)),)),
             "split": RouteConfig(rules=(to("m", "n"),)),
+            "tasks": RouteConfig(rules=(to("m"),), sampling="by_task"),
             "long": RouteConfig(rules=(to("n", min_context=60), to("m"))),
         },
     }
@@ -169,7 +170,7 @@ async def test_routes_are_listed_with_what_they_lead_the_key_to(two: Mesh) -> No
         return {model.name: model for model in response.models}
 
     models = await listed()
-    assert sorted(models) == ["alias", "long", "m", "n", "safe", "split"]
+    assert sorted(models) == ["alias", "long", "m", "n", "safe", "split", "tasks"]
     assert (list(models["safe"].targets), models["safe"].ready_replicas) == (["m", "n"], 2)
     assert (models["safe"].revision, list(models["m"].targets)) == ("", [])
     two.rekey((key(models=("n",)),))
@@ -184,3 +185,35 @@ async def test_a_key_gets_only_the_models_it_may_use_through_a_route(two: Mesh) 
     assert first.start.routing.model == "n"
     two.rekey((key(models=("other",)),))
     assert (await failure(two.stream(model="safe"))).reason == Reason.KEY_NOT_ALLOWED
+
+
+@pytest.mark.parametrize(
+    ("text", "temperature", "top_p"),
+    [("What is rain?", 0.1, None), ("Write a poem about rain", 0.8, 0.9), ("Rain", None, None)],
+)
+async def test_a_route_sets_the_sampling_that_the_caller_left_open_and_says_so(
+    two: Mesh, text: str, temperature: float | None, top_p: float | None
+) -> None:
+    generation = two.generation(text, model="tasks")
+    generation.sampling.ClearField("temperature")
+    request = inference_pb2.StreamGenerateRequest(generation=generation)
+    first, *_ = await collect(two.stub.StreamGenerate(request, metadata=two.metadata))
+    sampling, routing = two.workers[0].requests[0].generation.sampling, first.start.routing
+    for told in (sampling, routing):
+        assert (told.temperature if told.HasField("temperature") else None) == pytest.approx(temperature)
+        assert (told.top_p if told.HasField("top_p") else None) == pytest.approx(top_p)
+    assert [step.stage for step in routing.steps] == ["rule", "sampling"]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 5}, {"repetition_penalty": 1.1}]
+)
+async def test_a_route_leaves_sampling_alone_where_the_caller_set_any_of_it(two: Mesh, asked: dict[str, Any]) -> None:
+    generation = two.generation("What is rain?", model="tasks")
+    generation.sampling.CopyFrom(pb.Sampling(max_tokens=10, **asked))
+    request = inference_pb2.StreamGenerateRequest(generation=generation)
+    first, *_ = await collect(two.stub.StreamGenerate(request, metadata=two.metadata))
+    sent = two.workers[0].requests[0].generation.sampling
+    assert {name: pytest.approx(getattr(sent, name)) for name in asked} == asked
+    assert sent.HasField("temperature") == ("temperature" in asked)
+    assert not first.start.routing.HasField("temperature")

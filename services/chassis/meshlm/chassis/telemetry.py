@@ -72,6 +72,8 @@ class Name:
     ROUTING_CACHED = "meshlm.routing.cached_tokens"
     ROUTING_EXCLUDED = "meshlm.routing.excluded"
     REPLICA_EJECTIONS = "meshlm.replica.ejections"
+    SHADOW_REQUESTS = "meshlm.shadow.requests"
+    SHADOW_TOKENS = "meshlm.shadow.tokens"
     CACHE_OUTCOME = "meshlm.cache.outcome"
     GUARD_ACTION = "meshlm.guard.action"
     GUARD_CATEGORIES = "meshlm.guard.categories"

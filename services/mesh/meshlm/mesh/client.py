@@ -24,7 +24,7 @@ from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.mesh.events import Answer, End, Event, Start, StreamReader, Text, answer_of
 from meshlm.mesh.requests import Asked, Turn, deterministic, generation, input_of
-from meshlm.v1 import inference_pb2, inference_pb2_grpc
+from meshlm.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class AsyncMesh:
                 async with aclosing(self._attempt(request, reader, ends_at, request_id)) as events:
                     async for event in events:
                         if isinstance(event, Start):
-                            wanted.model = event.routing.model  # which an alias or a route may not lead to again
+                            _pin(wanted, event.routing)
                         yield event
                 return
             except MeshError as error:
@@ -229,6 +229,14 @@ async def _next(events: AsyncGenerator[Event, None], turn: asyncio.Lock) -> Even
 async def _end(events: AsyncGenerator[Event, None], turn: asyncio.Lock) -> None:
     async with turn:
         await events.aclose()
+
+
+def _pin(wanted: generation_pb2.Generation, routing: inference_pb2.RoutingDecision) -> None:
+    """Ask from now on for what answered: an alias or a route may not lead to it again."""
+    wanted.model = routing.model
+    for name in ("temperature", "top_p"):
+        if routing.HasField(name):
+            setattr(wanted.sampling, name, getattr(routing, name))
 
 
 def _left(ends_at: float | None) -> float | None:

@@ -26,6 +26,7 @@ from meshlm.router.record import Recorder
 from meshlm.router.residency import Residency
 from meshlm.router.retries import RetryBudget
 from meshlm.router.routes import Routes
+from meshlm.router.shadow import Shadows
 from meshlm.router.survival import LastingCall
 from meshlm.router.vigilance import Vigilance, admission_of
 from meshlm.router.work import Work
@@ -59,6 +60,7 @@ class Pipeline:
         self._guards = guards
         self._vigilance = vigilance
         self._recorder = Recorder()
+        self._shadows = Shadows(config, fleet)
         retries = RetryBudget(config.streams.retry_share, config.streams.retries_per_second)
         self._dispatcher = Dispatcher(fleet, retries)
         self._settling: set[asyncio.Task[None]] = set()
@@ -96,6 +98,7 @@ class Pipeline:
         """Wait for settlements still under way."""
         if self._settling:
             await asyncio.wait(self._settling)
+        await self._shadows.stop()
         await self._ledger.stop()
 
     def _resolve(self, work: Work) -> None:
@@ -108,6 +111,10 @@ class Pipeline:
     def _bind(self, work: Work) -> None:
         assert work.route is not None  # noqa: S101
         work.generation.model = work.route.model
+        if work.route.temperature is not None:
+            work.generation.sampling.temperature = work.route.temperature
+        if work.route.top_p is not None:
+            work.generation.sampling.top_p = work.route.top_p
         work.terms = self._book.terms(work.key, work.route.model, work.weight)
 
     async def _fall_back(self, work: Work, error: MeshError) -> bool:
@@ -312,6 +319,7 @@ class Pipeline:
                 await self._end_flight(work)
         await self._vigilance.note(work)
         self._recorder.record(work)
+        self._shadows.consider(work)
 
     async def _end_flight(self, work: Work) -> None:
         if not work.cacheable:

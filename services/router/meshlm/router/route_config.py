@@ -83,6 +83,28 @@ class RuleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShadowConfig:
+    """A model that gets copies of requests; nobody sees its answers, and no caller pays for them."""
+
+    # The model's own name, or an alias of it.
+    model: str
+    # Part of the requests that are copied. Range [0, 1].
+    share: float
+    # Most copies in progress at a time, in one router; what comes while so many run is not copied.
+    concurrency: int = 4
+    # Most tokens of a copy's answer, and the request's own limit where that is less.
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("model: must not be empty")
+        if not 0 <= self.share <= 1:
+            raise ValueError("share: must be in [0, 1]")
+        if self.concurrency < 1 or self.max_tokens < 1:
+            raise ValueError("concurrency and max_tokens: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RouteConfig:
     """A name to ask for, and what it leads to: the first rule that fits decides."""
 
@@ -90,6 +112,11 @@ class RouteConfig:
     rules: tuple[RuleConfig, ...]
     # What stays on one arm of a split: a `session` (the key, where a request names none), a `key`, or only a `request`.
     sticky: Literal["session", "key", "request"] = "session"
+    # Copies of its requests for another model.
+    shadow: ShadowConfig | None = None
+    # Sampling of requests that set none of it: `caller` leaves the model's defaults, `by_task` draws at temperature 0.1
+    # where a fact is asked for, and at 0.8 within the nucleus of 0.9 where something is to be invented.
+    sampling: Literal["caller", "by_task"] = "caller"
 
     def __post_init__(self) -> None:
         if not self.rules:
@@ -103,6 +130,8 @@ class RouteConfig:
         for number, rule in enumerate(self.rules):
             for path, model in rule.models():
                 yield f"rules[{number}].{path}", model
+        if self.shadow is not None:
+            yield "shadow.model", self.shadow.model
 
 
 def check_names(aliases: Mapping[str, str], routes: Mapping[str, RouteConfig]) -> None:

@@ -7,14 +7,15 @@ remembered between requests, so every router says the same of the same request.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from meshlm.chassis.errors import MeshError, Reason, invalid
 from meshlm.router.config import KeyConfig, RouterConfig
 from meshlm.router.fleet import Fleet, Replica
 from meshlm.router.residency import ANYWHERE, Regions, Residency
-from meshlm.router.route_config import RouteConfig, RuleConfig, follow
-from meshlm.router.splits import arm_of
+from meshlm.router.route_config import RouteConfig, RuleConfig, ShadowConfig, follow
+from meshlm.router.splits import arm_of, point
+from meshlm.router.tasks import task_of
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
 
@@ -22,6 +23,13 @@ from meshlm.v1 import inference_pb2
 _ELSEWHERE = frozenset(
     {Reason.OVERLOADED, Reason.DRAINING, Reason.NO_REPLICA, Reason.NO_REPLICA_IN_REGION, Reason.ENGINE_LOST}
 )
+# What a caller sets who cares how tokens are drawn.
+_DRAWING = frozenset({
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "logit_bias",
+})  # fmt: skip
+# Temperature and nucleus of a task.
+_SAMPLING: dict[str, tuple[float, float | None]] = {"factual": (0.1, None), "creative": (0.8, 0.9)}
 _PRIORITIES = {
     pb.PRIORITY_CRITICAL: "critical",
     pb.PRIORITY_INTERACTIVE: "interactive",
@@ -67,10 +75,17 @@ class Decision:
     steps: list[Step] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)  # still to be tried, in this order
     regions: Regions = ANYWHERE  # where it may be answered
+    shadow: ShadowConfig | None = None  # where this request is one of those that are copied
+    temperature: float | None = None  # where the route sets the sampling
+    top_p: float | None = None
 
     def tell(self, told: inference_pb2.RoutingDecision) -> None:
         """Put it into what the caller is told."""
         told.requested, told.model_reason, told.arm = self.requested, self.reason, self.arm
+        if self.temperature is not None:
+            told.temperature = self.temperature
+        if self.top_p is not None:
+            told.top_p = self.top_p
         told.steps.extend(
             inference_pb2.RoutingStep(stage=step.stage, outcome=step.outcome, model=step.model) for step in self.steps
         )
@@ -162,6 +177,11 @@ class Routes:
         if not order:
             raise _forbidden(self._model(next(rule.models())[1]))
         self._settle_on(decision, list(dict.fromkeys(order)), name)
+        if route.sampling == "by_task" and not _sets_sampling(query.generation.sampling):
+            _sample(decision, query.generation.input)
+        if (shadow := route.shadow) is not None and point("shadow", name, query.request_id) < shadow.share:
+            decision.shadow = replace(shadow, model=self._model(shadow.model))
+            decision.note("shadow", "gets a copy once the request is over, if it has room", decision.shadow.model)
 
     def _pick(self, decision: Decision, name: str, route: RouteConfig, rule: RuleConfig, query: Query) -> list[str]:
         """The rule's own choice; empty where the key may use none of it."""
@@ -238,6 +258,21 @@ def _subject(route: RouteConfig, query: Query) -> str:
     if route.sticky == "session" and query.generation.session:
         return f"session/{query.key.tenant}/{query.generation.session}"
     return f"key/{who}"
+
+
+def _sets_sampling(sampling: pb.Sampling) -> bool:
+    """Whether the caller said anything of how tokens are drawn; a seed is about which draw, not how."""
+    return any(field.name in _DRAWING for field, _ in sampling.ListFields())
+
+
+def _sample(decision: Decision, source: pb.Input) -> None:
+    task = task_of(source)
+    if task == "unknown":
+        decision.note("sampling", "neither a fact nor an invention is surely asked for: the model's defaults")
+        return
+    decision.temperature, decision.top_p = _SAMPLING[task]
+    nucleus = f", top_p {decision.top_p}" if decision.top_p is not None else ""
+    decision.note("sampling", f"{task}: temperature {decision.temperature}{nucleus}")
 
 
 def _may_use(key: KeyConfig, model: str) -> bool:
