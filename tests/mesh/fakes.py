@@ -69,6 +69,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
         self.breaks_after: list[int] = []  # for each coming stream: words after which its engine is lost
         self.stalls_after: int | None = None  # words after which nothing more comes
         self.cuts_the_end = False
+        self.seed: int | None = None  # told in the start
         self.refusal: MeshError | None = None
         self.cancelled = asyncio.Event()
         self._server = grpc.aio.server(interceptors=[CallInterceptor(Gate())])
@@ -95,7 +96,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
         self.requests.append(request)
         breaks_after = self.breaks_after.pop(0) if self.breaks_after else None
         try:
-            yield inference_pb2.StreamGenerateResponse(start=_start())
+            yield inference_pb2.StreamGenerateResponse(start=_start(self.seed))
             for i, word in enumerate(WORDS):
                 if i == breaks_after:
                     raise MeshError(Reason.ENGINE_LOST, "the engine ended", retry_after=0.01)
@@ -140,9 +141,9 @@ def _word(offset: int, text: str) -> inference_pb2.StreamGenerateResponse:
     return inference_pb2.StreamGenerateResponse(chunk=chunk, usage=_usage(offset + 1))
 
 
-def _start() -> inference_pb2.StreamStart:
+def _start(seed: int | None = None) -> inference_pb2.StreamStart:
     routing = inference_pb2.RoutingDecision(model="scripted", replica="one", reason="only_replica")
-    return inference_pb2.StreamStart(request_id="r-1", trace_id="0" * 32, routing=routing)
+    return inference_pb2.StreamStart(request_id="r-1", trace_id="0" * 32, routing=routing, seed=seed)
 
 
 def _end() -> inference_pb2.StreamEnd:

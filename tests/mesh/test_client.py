@@ -110,14 +110,25 @@ class TestResume:
                 await collect(mesh, seed=7, resumes=1)
         assert len(router.requests) == 2
 
-    @pytest.mark.parametrize("asked", [Asked(), Asked(temperature=0.5), Asked(temperature=0.0, n=2)])
-    async def test_it_is_refused_where_the_rest_could_be_another_answers(
-        self, router: ScriptedRouter, asked: Asked
-    ) -> None:
+    async def test_it_is_refused_where_several_choices_are_asked_for(self, router: ScriptedRouter) -> None:
         async with client(router) as mesh:
             with pytest.raises(MeshError, match="resumes"):
-                await collect(mesh, resumes=1, **asked)
+                await collect(mesh, resumes=1, temperature=0.0, n=2)
         assert router.requests == []
+
+    async def test_what_is_drawn_is_asked_for_again_by_id_and_with_the_seed_that_was_told(
+        self, router: ScriptedRouter
+    ) -> None:
+        router.breaks_after, router.seed = [2], 5
+        async with client(router) as mesh:
+            events = await collect(mesh, resumes=1)
+        first, second = router.requests
+        assert first.resumable
+        assert not first.generation.sampling.HasField("seed")
+        assert (second.resume_of, second.generation.sampling.seed) == ("r-1", 5)
+        end = events[-1]
+        assert isinstance(end, End)
+        assert end.usage.completion_tokens == 2 + len(WORDS)  # of both streams, as the scripted router bills them
 
     async def test_a_refusal_is_not_resumed(self, router: ScriptedRouter) -> None:
         router.refusal = MeshError(Reason.PROMPT_UNSAFE, "no")

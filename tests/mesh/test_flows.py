@@ -81,6 +81,16 @@ class Rig:
     def stream(self, question: str, **asked: Any) -> Any:
         return self.client.stream(messages=[("user", question)], **{"temperature": 0.0, "max_tokens": 60, **asked})
 
+    def call(self, sampling: dict[str, Any], **more: Any) -> Any:
+        """The call itself, as its messages come: for what the client library does by itself."""
+        chat = generation_pb2.Chat(messages=[generation_pb2.Message(role="user", content="hello")])
+        source, bypass = generation_pb2.Input(chat=chat), generation_pb2.CACHE_POLICY_BYPASS
+        asked = generation_pb2.Sampling(**sampling)
+        generation = generation_pb2.Generation(input=source, sampling=asked, cache_policy=bypass)
+        request = inference_pb2.StreamGenerateRequest(generation=generation, **more)
+        metadata = [("authorization", f"Bearer {self.client._key}")]
+        return self.client._stub.StreamGenerate(request, metadata=metadata)
+
 
 @asynccontextmanager
 async def running(workers: str = ONE, step: float = 0.02, extra: str = "", interval: float = 0.1) -> AsyncIterator[Rig]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from typing import Any
+from typing import Any, ClassVar
 
+import grpc
 import pytest
 
-from meshlm.chassis.errors import MeshError, Reason
+from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.chassis.spans import read_trace
 from meshlm.mesh.client import End, Start, Text
 from tests.mesh.test_flows import ONE, TWO, Rig, running, until
@@ -180,3 +181,105 @@ async def test_streams_of_several_choices_end_with_their_worker() -> None:
         with pytest.raises(MeshError) as caught:
             await disturbed(rig, 20, 1, rig.stream("hello", cache="bypass", n=2, **SAMPLED))
         assert caught.value.reason in (Reason.NO_REPLICA, Reason.ENGINE_LOST)
+
+
+async def first_part(rig: Rig, count: int, asked: dict[str, Any], **more: Any) -> list[Any]:
+    """The messages of a stream up to so many tokens; then its caller is gone."""
+    call = rig.call(asked, **more)
+    messages = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        messages.append(message)
+        if message.chunk.token_offset + message.chunk.token_count >= count:
+            break
+    call.cancel()
+    return messages
+
+
+async def rest(rig: Rig, asked: dict[str, Any], **more: Any) -> list[Any]:
+    messages = []
+    async for message in rig.call(asked, **more):
+        messages.append(message)  # noqa: PERF401
+    return messages
+
+
+class TestACallerWhoComesBack:
+    DRAWN: ClassVar[dict[str, Any]] = {"temperature": 1.0, "max_tokens": 80}
+
+    async def test_finds_the_rest_of_a_draw_and_pays_for_each_token_once(self) -> None:
+        async with limited(f"micros_per_day = {LIMIT}", step=0.01) as rig:
+            before = await first_part(rig, 20, self.DRAWN, resumable=True)
+            start, last = before[0].start, before[-1]
+            offset = last.chunk.token_offset + last.chunk.token_count
+            after = await rest(rig, self.DRAWN, resume_from=offset, resume_of=start.request_id)
+            text = "".join(m.chunk.text for m in before + after)
+            whole = await rest(rig, {**self.DRAWN, "seed": start.seed})
+            assert text == "".join(m.chunk.text for m in whole)
+            assert after[1].chunk.token_offset == offset
+            assert after[-1].usage.prompt_tokens == 0
+            total = last.usage.prompt_tokens + 80
+            assert offset + after[-1].usage.completion_tokens <= 80  # what was on its way when the caller left is paid
+
+            async def settled() -> bool:
+                return await spent(rig) == 2 * total
+
+            await until(settled)
+
+    async def test_is_known_by_its_request_and_its_key_alone(self) -> None:
+        async with running() as rig:
+            before = await first_part(rig, 20, self.DRAWN, resumable=True)
+            own = before[0].start.request_id
+            for asked, name in (({**self.DRAWN, "max_tokens": 81}, own), (self.DRAWN, "other")):
+                with pytest.raises(grpc.RpcError) as caught:
+                    await rest(rig, asked, resume_from=20, resume_of=name)
+                assert from_rpc_error(caught.value).metadata["field"] == "resume_of"
+
+    async def test_is_not_waited_for_unless_it_said_that_it_may_come(self) -> None:
+        async with running() as rig:
+            before = await first_part(rig, 20, self.DRAWN)
+            with pytest.raises(grpc.RpcError) as caught:
+                await rest(rig, self.DRAWN, resume_from=20, resume_of=before[0].start.request_id)
+            assert from_rpc_error(caught.value).reason == Reason.REQUEST_INVALID
+
+    async def test_leaves_no_block_in_use_while_it_is_away(self) -> None:
+        async with running() as rig:
+            await first_part(rig, 20, self.DRAWN, resumable=True)
+            await until(rig.idle)
+            load = await rig.load()
+            assert load.free_blocks == load.total_blocks
+
+    async def test_by_the_client_library_gets_a_draw_whole_though_the_router_was_killed(self) -> None:
+        async with running(TWO) as rig:
+            text, killed, seed = "", False, 0
+            async for event in rig.stream("hello", cache="bypass", resumes=100, **SAMPLED):
+                if isinstance(event, Start):
+                    seed = event.seed or 0
+                if isinstance(event, Text):
+                    text += event.text
+                    if event.token_offset >= 20 and not killed:
+                        killed = True
+                        rig.kill("router")
+            assert text == await rig.text("hello", cache="bypass", seed=seed, **SAMPLED)
+
+
+async def test_a_hedged_prefill_is_won_by_the_quicker_worker_and_frees_the_blocks_of_the_slower() -> None:
+    slow = '[[mesh.workers]]\nname = "slow"\noverrides = { "fake.step_seconds" = "1.0" }\n'
+    extra = "[router.streams]\nhedge_percentile = 50.0\nretries_per_second = 1000.0\n"
+    async with running(ONE + slow, extra=extra, step=0.002) as rig:
+
+        async def hedged() -> bool:
+            answers = [rig.stream(f"n {n}", cache="bypass", max_tokens=2) for n in range(8)]
+            await asyncio.gather(*(events_of(answer) for answer in answers))
+            return (await rig.load("slow")).counters.cancelled > 0
+
+        await until(hedged, 60)
+
+        async def idle() -> bool:
+            load = await rig.load("slow")
+            return load.running == load.waiting == 0 and load.free_blocks == load.total_blocks
+
+        await until(idle)
+        assert (await rig.load("slow")).counters.blocks_freed_after_cancel > 0
+
+
+async def events_of(stream: Any) -> list[Any]:
+    return [event async for event in stream]

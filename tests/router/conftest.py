@@ -27,6 +27,7 @@ from meshlm.router.guarding import Guards
 from meshlm.router.identity import KeyRing
 from meshlm.router.ledger import Ledger
 from meshlm.router.pipeline import Pipeline
+from meshlm.router.returning import Returns
 from meshlm.router.service import InferenceServicer
 from meshlm.router.vigilance import Vigilance
 from meshlm.v1 import (
@@ -107,6 +108,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.failure: MeshError | None = None  # after the first piece
         self.failures: list[MeshError] = []  # of the coming requests, after the first piece each
         self.shift = 0  # of its token offsets
+        self.late: asyncio.Event | None = None  # before the first piece
         self.hold: asyncio.Event | None = None  # before each piece after the first
         self.requests: list[worker_pb2.RunGenerationRequest] = []
         self.counted: list[worker_pb2.CountInputTokensRequest] = []
@@ -139,6 +141,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             failure = self.failures.pop(0) if self.failures else self.failure
             begin = 0 if self.skipped else request.resume_from // self.tokens_each
             for number, piece in enumerate(self.pieces[begin:], begin):
+                if not number and self.late is not None:
+                    await self.late.wait()
                 if number and failure is not None:
                     raise failure
                 if number and self.hold is not None:
@@ -268,6 +272,7 @@ class Mesh:
             answers=self.answers,
             guards=self.guards,
             vigilance=Vigilance(self.config, state),
+            returns=Returns(state, self.config.streams),
         )
         self.servicer = InferenceServicer(self.config, KeyRing(self.config.keys), self.fleet, self.pipeline)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.servicer, self._server(f"unix:{folder}/r"))

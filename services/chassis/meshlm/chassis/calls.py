@@ -23,7 +23,7 @@ from meshlm.chassis.telemetry import Name
 log = structlog.get_logger()
 
 REQUEST_ID_KEY = "x-request-id"
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _Reader = Callable[[Any], Any]
 _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 _UNTRACED = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.")
@@ -143,7 +143,7 @@ class _Boundary:
         self._start = time.perf_counter()
         metadata = {key: value for key, value in self._context.invocation_metadata() or () if isinstance(value, str)}
         request_id = metadata.get(REQUEST_ID_KEY, "")
-        if not _REQUEST_ID.fullmatch(request_id):
+        if not REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         structlog.contextvars.bind_contextvars(request_id=request_id)
         self._token = otel_context.attach(telemetry.extract(metadata))

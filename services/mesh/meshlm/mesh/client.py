@@ -23,7 +23,7 @@ import grpc
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.mesh.events import Answer, End, Event, Start, StreamReader, Text, answer_of
-from meshlm.mesh.requests import Asked, Turn, deterministic, generation, input_of
+from meshlm.mesh.requests import Asked, Turn, generation, input_of
 from meshlm.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 
 T = TypeVar("T")
@@ -51,25 +51,26 @@ class AsyncMesh:
         """A `Start`, then `Text` as it is made, then an `End`. Raises MeshError.
 
         `resumes` is how many times a stream that broke may be gone on with; each resume tells a `Start` of its own.
-        It needs a deterministic request (temperature 0, or a seed) with one choice.
+        It needs a request with one choice.
         """
         wanted = generation(**asked)
-        if resumes and not deterministic(wanted):
-            raise MeshError(Reason.REQUEST_INVALID, "resumes: needs temperature 0 or a seed, and one choice")
+        if resumes and asked.get("n", 1) != 1:
+            raise MeshError(Reason.REQUEST_INVALID, "resumes: needs one choice")
         reader, ends_at = StreamReader(), self._ends_at(deadline)
+        request = inference_pb2.StreamGenerateRequest(generation=wanted, resumable=resumes > 0)
         while True:
-            request = inference_pb2.StreamGenerateRequest(generation=wanted, resume_from=reader.next_offset)
             try:
                 async with aclosing(self._attempt(request, reader, ends_at, request_id)) as events:
                     async for event in events:
                         if isinstance(event, Start):
-                            _pin(wanted, event.routing)
+                            _pin(request.generation, event.routing)
                         yield event
                 return
             except MeshError as error:
                 if resumes == 0 or error.reason not in _RESUMABLE:
                     raise
                 resumes -= 1
+                reader.resume(request)
                 await asyncio.sleep(error.retry_after or _RESUME_DELAY)
 
     async def _attempt(

@@ -36,7 +36,7 @@ class Text:
     token_count: int
     token_ids: Sequence[int]
     logprobs: Sequence[generation_pb2.PositionLogprobs]
-    # Tokens so far, over all choices.
+    # Tokens billed so far, over all choices, and over all parts of a stream that was resumed.
     usage: generation_pb2.Usage
 
 
@@ -89,19 +89,43 @@ class StreamReader:
 
     # Where the next message of the first choice would go on.
     next_offset: int = 0
+    start: Start | None = None
+    usage: generation_pb2.Usage = field(default_factory=generation_pb2.Usage)  # as this stream told last
+    before: generation_pb2.Usage = field(default_factory=generation_pb2.Usage)  # of the streams that broke
     finish_reasons: dict[int, str] = field(default_factory=dict)
     matched_stops: dict[int, str] = field(default_factory=dict)
 
     def read(self, message: inference_pb2.StreamGenerateResponse) -> Event | None:
         """The event that a message tells; None for one that only moves the usage."""
         kind = message.WhichOneof("event")
+        self.usage = message.usage
         if kind == "start":
-            return start_of(message.start, self.next_offset)
+            self.start = start_of(message.start, self.next_offset)
+            return self.start
         if kind == "end":
-            return end_of(message.end, message.usage, self.finish_reasons, self.matched_stops)
+            return end_of(message.end, self._total(), self.finish_reasons, self.matched_stops)
         if kind == "chunk":
-            return self._text(message.chunk, message.usage)
+            return self._text(message.chunk, self._total())
         return None
+
+    def resume(self, request: inference_pb2.StreamGenerateRequest) -> None:
+        """Make the request of a stream that broke one that goes on with it."""
+        request.resume_from = self.next_offset
+        if self.start is None:
+            return
+        request.resume_of = self.start.request_id
+        if self.start.seed is not None:  # so that it can be made anew where what was made is lost
+            request.generation.sampling.seed = self.start.seed
+        self.before, self.usage = self._total(), generation_pb2.Usage()
+
+    def _total(self) -> generation_pb2.Usage:
+        if not self.before.prompt_tokens:
+            return self.usage
+        return generation_pb2.Usage(
+            prompt_tokens=self.before.prompt_tokens + self.usage.prompt_tokens,
+            cached_prompt_tokens=self.before.cached_prompt_tokens + self.usage.cached_prompt_tokens,
+            completion_tokens=self.before.completion_tokens + self.usage.completion_tokens,
+        )
 
     def _text(self, chunk: generation_pb2.Chunk, usage: generation_pb2.Usage) -> Text | None:
         if chunk.choice == 0:

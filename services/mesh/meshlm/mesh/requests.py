@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 from meshlm.chassis.errors import invalid
-from meshlm.chassis.validation import is_deterministic
 from meshlm.v1 import generation_pb2 as pb
 
 # In a mapping, `parts` may stand instead of `content`: a list of `{"text": ..., "untrusted": ...}` or of parts.
@@ -157,12 +156,6 @@ def _remember(built: pb.Generation, asked: Asked) -> None:
             built.kv_policy.sinks = asked["kv_sinks"]
     except (ValueError, TypeError):
         raise invalid("kv_tokens", "kv_tokens and kv_sinks are integers of 32 bits, none negative") from None
-
-
-def deterministic(generation: pb.Generation) -> bool:
-    """Whether the same request gives the same single answer, so that a broken stream may be resumed."""
-    sampling = generation.sampling
-    return is_deterministic(sampling) and (not sampling.HasField("n") or sampling.n == 1)
 
 
 def _named(table: Mapping[str, T], name: str, field: str) -> T:

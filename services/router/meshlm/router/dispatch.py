@@ -120,8 +120,10 @@ class Dispatcher:
         """
         self.retries.note_request()
         work.choice = self._fleet.choose(work.wanted)  # anew: loads have moved while the cache was asked
-        request = _request(work)
-        call = await self.offer(work, work.choice.replicas, request)
+        if work.revision not in ("", work.choice.revision):
+            raise MeshError(Reason.NO_REPLICA, "no replica has the weights that this stream began with")
+        call = await self.offer(work, work.choice.replicas, request_of(work))
+        work.note_replica(call.replica)
         work.usage = call.usage
         work.completion_limit = call.limit
         return call
@@ -150,19 +152,16 @@ class Dispatcher:
             if number and not free and not self.retries.take("refused"):
                 break
             try:
-                call = await _offer(work, replica, request)
+                return await _offer(work, replica, request)
             except MeshError as error:
                 if error.reason not in ELSEWHERE:
                     raise
                 log.info("replica refused", replica=replica.name, reason=error.reason)
                 failure = error
-            else:
-                work.note_replica(replica)
-                return call
         raise failure
 
 
-def _request(work: Work) -> worker_pb2.RunGenerationRequest:
+def request_of(work: Work) -> worker_pb2.RunGenerationRequest:
     """What a worker is asked. Token ids come back whether the caller wants them or not: another worker can go on from
     them; and a seed goes with what is drawn, so that it goes on with the same draws."""
     request = worker_pb2.RunGenerationRequest(
@@ -185,7 +184,7 @@ def _request(work: Work) -> worker_pb2.RunGenerationRequest:
 def again(work: Work, made: Sequence[int], offset: int) -> worker_pb2.RunGenerationRequest:
     """As the first request, to go on behind `offset` tokens. `made` are all tokens so far; where they are not known,
     the worker makes them anew: with the same seed they are the same."""
-    request = _request(work)
+    request = request_of(work)
     request.resume_from = offset
     del request.generated[:]
     request.generated.extend(made)

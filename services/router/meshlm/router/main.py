@@ -21,6 +21,7 @@ from meshlm.router.guarding import Guards
 from meshlm.router.identity import KeyRing
 from meshlm.router.ledger import Ledger
 from meshlm.router.pipeline import Pipeline
+from meshlm.router.returning import Returns
 from meshlm.router.service import InferenceServicer
 from meshlm.router.vigilance import Vigilance
 from meshlm.v1 import inference_pb2_grpc
@@ -46,6 +47,7 @@ class RouterService:
             answers=self._answers,
             guards=self._guards,
             vigilance=Vigilance(config, self._redis),
+            returns=Returns(self._redis, config.streams),
         )
 
     def register(self, grpc_server: grpc.aio.Server) -> Sequence[str]:

@@ -20,11 +20,13 @@ from meshlm.router.decision import annotate, considered
 from meshlm.router.dispatch import Dispatcher, token_text
 from meshlm.router.fleet import Fleet
 from meshlm.router.guarding import Guards
+from meshlm.router.hedging import Hedges
 from meshlm.router.ledger import Ledger
-from meshlm.router.limits import Kind, LimitBook, Usage
+from meshlm.router.limits import Kind, LimitBook
 from meshlm.router.record import Recorder
 from meshlm.router.residency import Residency
 from meshlm.router.retries import RetryBudget
+from meshlm.router.returning import Returns
 from meshlm.router.routes import Routes
 from meshlm.router.shadow import Shadows
 from meshlm.router.survival import LastingCall
@@ -49,6 +51,7 @@ class Pipeline:
         answers: Answers,
         guards: Guards,
         vigilance: Vigilance,
+        returns: Returns,
     ) -> None:
         self._config = config
         self._ledger = ledger
@@ -59,6 +62,8 @@ class Pipeline:
         self._answers = answers
         self._guards = guards
         self._vigilance = vigilance
+        self._returns = returns
+        self._hedges = Hedges(config.streams.hedge_percentile)
         self._recorder = Recorder()
         self._shadows = Shadows(config, fleet)
         retries = RetryBudget(config.streams.retry_share, config.streams.retries_per_second)
@@ -68,6 +73,7 @@ class Pipeline:
     async def run(self, work: Work) -> AsyncGenerator[Response, None]:
         """The responses to a request that was identified. Passes through `_settle` whatever happens."""
         try:
+            await self._returns.find(work)
             self._resolve(work)
             await self._vigilance.look(work)
             await self._admit(work)
@@ -142,11 +148,12 @@ class Pipeline:
             Name.PROMPT_COMPRESSION: work.measure.compression,
             Name.LEDGER_WEIGHT: work.terms.weight,
         }
+        prompt = 0 if work.prompt_paid else work.measure.tokens
         with span("router.admit", attributes) as current:
             # The request's own id may be sent twice by a caller: a reservation is of this call alone.
             identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
             reserving = asyncio.ensure_future(
-                self._ledger.reserve(identifier, work.terms, work.measure.tokens, work.completion_at_most)
+                self._ledger.reserve(identifier, work.terms, prompt, work.completion_at_most)
             )
             try:
                 work.reservation = await asyncio.shield(reserving)
@@ -157,7 +164,7 @@ class Pipeline:
                 raise
             current.set_attribute(Name.LEDGER_MODE, work.reservation.mode)
             if not work.reservation.endless:
-                current.set_attribute(Name.TOKENS_RESERVED, work.measure.tokens + work.reservation.granted)
+                current.set_attribute(Name.TOKENS_RESERVED, prompt + work.reservation.granted)
         work.timing.admit = work.elapsed()
 
     async def _choose(self, work: Work) -> None:
@@ -181,7 +188,7 @@ class Pipeline:
 
     async def _look_up(self, work: Work, screening: asyncio.Task[pb.Verdict | None]) -> None:
         """Leaves an answer in `work.lookup` only if its input passes the guard now, under the policy it was made."""
-        if work.resume_from:
+        if work.resume_from or work.resume_of:
             return  # chunk boundaries differ between runs: only the worker can cut an answer at a token
         if not self.residency.cache_allowed(work.regions):
             work.lookup.outcome = "region"
@@ -249,15 +256,17 @@ class Pipeline:
     async def _dispatch(self, work: Work) -> LastingCall:
         while True:
             try:
-                return LastingCall(work, await self._dispatcher.first(work), self._dispatcher, self._config.streams)
+                call = await self._dispatcher.first(work)
             except MeshError as error:
                 if not await self._fall_back(work, error):
                     raise
+            else:
+                return LastingCall(work, call, self._dispatcher, self._config.streams, self._hedges)
 
     async def _open_budget(self, work: Work) -> Budget:
         assert work.reservation is not None  # noqa: S101
         budget = Budget(self._ledger, work.reservation, work.completion_at_most)
-        await budget.accept(Usage(work.usage.prompt_tokens, work.usage.cached_prompt_tokens))
+        await budget.accept(work.charged(0))
         return budget
 
     def _cut(self, work: Work) -> Iterator[Response]:
@@ -272,10 +281,9 @@ class Pipeline:
 
     def _tell(self, work: Work, **event: Any) -> Response:
         """A message, with the usage that is billed if it is the last."""
+        used = work.charged(work.sent)
         work.told = pb.Usage(
-            prompt_tokens=work.usage.prompt_tokens,
-            cached_prompt_tokens=work.usage.cached_prompt_tokens,
-            completion_tokens=work.sent,
+            prompt_tokens=used.prompt, cached_prompt_tokens=used.cached, completion_tokens=used.completion
         )
         if "end" in event and (cost := work.cost_micros) is not None:
             event["end"].cost_micros = cost
@@ -317,6 +325,7 @@ class Pipeline:
                 current.set_attribute(Name.LEDGER_MODE, work.reservation.mode)
             if work.lookup.flight:
                 await self._end_flight(work)
+            await self._returns.keep(work)
         await self._vigilance.note(work)
         self._recorder.record(work)
         self._shadows.consider(work)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import AsyncIterator
 
 import structlog
@@ -10,8 +12,9 @@ from opentelemetry import trace
 
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.telemetry import Name, meter
-from meshlm.router.dispatch import ELSEWHERE, Dispatcher, WorkerCall, again
+from meshlm.router.dispatch import ELSEWHERE, Dispatcher, WorkerCall, again, request_of
 from meshlm.router.fleet import Replica
+from meshlm.router.hedging import Hedges, race
 from meshlm.router.streams_config import StreamsConfig
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
@@ -30,11 +33,15 @@ class LastingCall:
     """A generation at one worker after another. Before its first token it is a retry, which the router's budget must
     afford; behind it, it goes on from the tokens made, which cost no budget: what is on its way is not given up."""
 
-    def __init__(self, work: Work, call: WorkerCall, dispatcher: Dispatcher, config: StreamsConfig) -> None:
+    def __init__(
+        self, work: Work, call: WorkerCall, dispatcher: Dispatcher, config: StreamsConfig, hedges: Hedges
+    ) -> None:
         self._work = work
         self._call = call
         self._dispatcher = dispatcher
         self._config = config
+        self._hedges = hedges
+        self._accepted = time.monotonic()
         self._first = call.usage  # the prompt is billed as the first worker counted it
         self._offset = work.resume_from  # after the last token that a worker told
         self._begun = False  # whether a chunk came
@@ -52,7 +59,7 @@ class LastingCall:
         ended = False
         while not ended:
             try:
-                message = await self._call.read()
+                message = await (self._call.read() if self._begun else self._read_first())
                 if message is None:
                     raise MeshError(Reason.ENGINE_LOST, "the worker ended its stream early", retry_after=1.0)
             except MeshError as error:
@@ -70,6 +77,28 @@ class LastingCall:
     async def close(self) -> None:
         """Cancel what still runs."""
         await self._call.close(self._work.usage)
+
+    async def _read_first(self) -> worker_pb2.RunGenerationResponse | None:
+        """The first message with tokens; from a second replica, where it is late and that one is quicker."""
+        delay = self._hedges.delay(self._first.prompt_tokens)
+        if delay is None or self._lost:
+            message = await self._call.read()
+        else:
+            before = self._call
+            self._call, message = await race(before, delay, self._hedge)
+            if self._call is not before:
+                self._work.replace_replica(self._call.replica)
+        self._hedges.note(self._first.prompt_tokens, time.monotonic() - self._accepted)
+        return message
+
+    async def _hedge(self) -> WorkerCall | None:
+        """The same request at another replica; None where there is none, or no budget for it."""
+        others = [r for r in self._dispatcher.others(self._work, ()) if r is not self._call.replica]
+        if not others or not self._dispatcher.retries.take("hedge"):
+            return None
+        with contextlib.suppress(MeshError):
+            return await self._dispatcher.offer(self._work, others[:1], request_of(self._work))
+        return None
 
     def _take(self, message: worker_pb2.RunGenerationResponse) -> None:
         """Keep what another worker would need, and take off what only that is for. Raises MeshError."""
@@ -130,10 +159,14 @@ class LastingCall:
         until = loop.time() + self._config.resume_wait_seconds
         while True:
             try:
-                return await self._dispatcher.offer(work, self._dispatcher.others(work, self._lost), request, free=True)
+                replicas = self._dispatcher.others(work, self._lost)
+                call = await self._dispatcher.offer(work, replicas, request, free=True)
             except MeshError as error:
                 if error.reason not in ELSEWHERE:
                     raise
                 if loop.time() >= until:
                     raise failure from None
+            else:
+                work.note_replica(call.replica)
+                return call
             await asyncio.sleep(min(_ASK_AGAIN_SECONDS, work.seconds_left()))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from meshlm.chassis.calls import REQUEST_ID
 from meshlm.chassis.errors import MeshError, Reason, invalid
 from meshlm.chassis.prefixes import TextPrefix
 from meshlm.chassis.validation import check_generation, is_deterministic, keeps_part
@@ -62,6 +63,12 @@ class Work:
     drawn: int = field(default_factory=lambda: secrets.randbits(64))  # the seed where the caller named none
     made: array[int] = field(default_factory=lambda: array("I"))  # token ids of a single choice so far
     known: bool = True  # whether `made` are all of them
+    resumable: bool = False  # what it made is kept for a caller who comes back
+    resume_of: str = ""  # request id of the broken stream that this one goes on with
+    asked: str = ""  # digest of the request, for one of these two
+    revision: str = ""  # of the weights that made `made`; empty: any
+    prompt_paid: bool = False  # with the stream that this one goes on with
+    paid_to: int = 0  # so many tokens, too
     lookup: Lookup = field(default_factory=Lookup)
     input_verdict: pb.Verdict | None = None
     output_verdicts: list[pb.Verdict] = field(default_factory=list)
@@ -109,6 +116,8 @@ class Work:
             key=key,
             generation=generation,
             resume_from=request.resume_from,
+            resumable=request.resumable,
+            resume_of=request.resume_of,
             measure=measured,
             started=now,
             deadline=now + limit,
@@ -130,7 +139,9 @@ class Work:
     def query(self) -> Query:
         """What decides on its model."""
         context = self.measure.tokens + self.generation.sampling.max_tokens
-        return Query(self.generation, self.key, context, self.request_id, resumed=self.resume_from > 0)
+        return Query(
+            self.generation, self.key, context, self.request_id, resumed=self.resume_from > 0 or bool(self.resume_of)
+        )
 
     @property
     def completion_at_most(self) -> int:
@@ -144,6 +155,12 @@ class Work:
         if self.lookup.answer is not None:
             return Usage()
         return Usage(self.told.prompt_tokens, self.told.cached_prompt_tokens, self.told.completion_tokens)
+
+    def charged(self, completion: int) -> Usage:
+        """What is to be billed once so many tokens went out: a prompt that is paid for costs nothing again."""
+        if self.prompt_paid:
+            return Usage(0, 0, completion)
+        return Usage(self.usage.prompt_tokens, self.usage.cached_prompt_tokens, completion)
 
     @property
     def cost_micros(self) -> int | None:
@@ -204,6 +221,11 @@ class Work:
         self.replica = replica
         self.replicas.append(replica.name)
 
+    def replace_replica(self, replica: Replica) -> None:
+        """A quicker one took its place."""
+        self.replica = replica
+        self.replicas[-1] = replica.name
+
     def keep_ids(self, skipped: Sequence[int], offset: int) -> None:
         """The first chunk comes, behind `offset` tokens, which are `skipped` where the worker told them."""
         if len(skipped) == offset:
@@ -222,14 +244,17 @@ class Work:
 
     def after(self, chunk: pb.Chunk) -> Usage:
         """What will have gone out with this chunk."""
-        more = chunk.token_offset + chunk.token_count - self.ends.get(chunk.choice, 0)
-        return Usage(self.usage.prompt_tokens, self.usage.cached_prompt_tokens, self.sent + more)
+        return self.charged(self.sent + self._more(chunk))
+
+    def _more(self, chunk: pb.Chunk) -> int:
+        """Tokens of it that are to be billed."""
+        paid = max(self.ends.get(chunk.choice, 0), self.paid_to)
+        return max(0, chunk.token_offset + chunk.token_count - paid)
 
     def note(self, chunk: pb.Chunk) -> None:
         """A chunk goes out to the client."""
-        end = chunk.token_offset + chunk.token_count
-        self.sent += end - self.ends.get(chunk.choice, 0)
-        self.ends[chunk.choice] = end
+        self.sent += self._more(chunk)
+        self.ends[chunk.choice] = chunk.token_offset + chunk.token_count
         if chunk.text and not self.timing.time_to_first_token:
             self.timing.time_to_first_token = self.elapsed()
         if chunk.finish_reason != pb.FINISH_REASON_UNSPECIFIED:
@@ -253,9 +278,14 @@ def check_size(measured: Measure, config: RouterConfig, path: str) -> None:
 
 
 def _check_resume(request: inference_pb2.StreamGenerateRequest, generation: pb.Generation) -> None:
-    if not request.resume_from:
-        return
-    if not is_deterministic(generation.sampling):
-        raise invalid("resume_from", "only a deterministic request (temperature 0, or a seed) can be resumed")
-    if generation.sampling.HasField("n") and generation.sampling.n > 1:
-        raise invalid("resume_from", "only a request with one choice can be resumed")
+    one = not generation.sampling.HasField("n") or generation.sampling.n == 1
+    if request.resume_of and not REQUEST_ID.fullmatch(request.resume_of):
+        raise invalid("resume_of", "not an id of a request")
+    if request.resume_from and not request.resume_of and not is_deterministic(generation.sampling):
+        raise invalid(
+            "resume_from",
+            "only a deterministic request (temperature 0, or a seed), or one with `resume_of`, is resumed",
+        )
+    for name in ("resume_from", "resume_of", "resumable"):
+        if getattr(request, name) and not one:
+            raise invalid(name, "only a request with one choice can be resumed")
