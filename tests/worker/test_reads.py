@@ -244,7 +244,7 @@ async def test_a_full_queue_is_told() -> None:
     assert any(isinstance(result, list) and isinstance(result[0], Scored) for result in results)
 
 
-@pytest.mark.parametrize(("turn", "unsafe"), [("User: a cake", 0.02), ("User: !harm", 0.98)])
+@pytest.mark.parametrize(("turn", "unsafe"), [("User: a cake", 0.001), ("User: !harm", 0.999)])
 async def test_the_fake_gives_verdicts_that_a_guard_can_be_tested_with(turn: str, unsafe: float) -> None:
     prompt = text(f"<BEGIN CONVERSATION>\n\n{turn}\n\n<END CONVERSATION>\n\n")
     async with running() as worker:

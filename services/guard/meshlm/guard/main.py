@@ -8,13 +8,13 @@ from typing import Any
 from meshlm.chassis import server
 from meshlm.chassis.config import ConfigError, ServerConfig, Source, masked
 from meshlm.guard.artefact import ArtefactError
-from meshlm.guard.config import GuardConfig
+from meshlm.guard.scores import read_config
 from meshlm.guard.service import GuardService
 
 
 def build(source: Source) -> tuple[GuardService, ServerConfig, Callable[[], dict[str, Any]]]:
     """Raises ConfigError."""
-    config = source.section("guard", GuardConfig)
+    config = read_config(source)
     try:
         service = GuardService(config)
     except ArtefactError as error:

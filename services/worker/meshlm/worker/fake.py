@@ -48,7 +48,7 @@ FAULTS = (HANG, CRASH, KILL, OUT_OF_MEMORY)
 
 HARM = b"!harm"
 JUDGED = b"<END CONVERSATION>"  # what a prompt that asks for a verdict has in it
-SURE = 0.98  # the likelihood of the verdict that it gives
+SURE = 0.999  # the likelihood of the verdict that it gives
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ class LlamaGuardConfig(Asking):
     excluded: tuple[str, ...] = ()
     # Score from which the model is asked for categories as well: no more than the least score at which a policy flags.
     # Range (0, 1].
-    category_score: float = 0.5
+    category_score: float = 0.3
     # Characters that are judged at a time; longer texts in parts that overlap, side by side.
     segment_chars: int = 6_000
     # Characters of the conversation before it that are read along, the latest.

@@ -1,0 +1,135 @@
+"""A mesh whose guard asks a model that one of its workers serves: who asks whom, and what callers see."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from meshlm.chassis.config import ConfigError, Source
+from meshlm.chassis.errors import MeshError, Reason
+from meshlm.mesh.client import End, Start, Text
+from meshlm.mesh.config import MeshConfig, WorkerEntry
+from meshlm.mesh.plan import MeshPlan, Planner, ProcessPlan
+from meshlm.mesh.state import StateFolder
+from tests.mesh.test_flows import ONE, Rig, running, until
+
+JUDGE = '[[mesh.workers]]\nname = "judge"\noverrides = { model = "llama-guard-3-8b" }\n'
+GUARD = '[guard]\nmodel = "llama-guard-3-8b"\n'
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="meshlm-") as folder:
+        yield Path(folder)
+
+
+def planned(root: Path, *workers: WorkerEntry, **environ: str) -> MeshPlan:
+    variables = {f"MESHLM__{key}".upper(): value for key, value in ({"worker__engine": "fake"} | environ).items()}
+    config = MeshConfig(workers=workers)
+    return Planner(Source.read(None, variables), config, StateFolder(root), environ=variables).plan("k")
+
+
+def one(plan: MeshPlan, name: str) -> ProcessPlan:
+    return next(process for process in plan.processes if process.name == name)
+
+
+def asked(plan: MeshPlan) -> tuple[str, str | None]:
+    """The workers that the router is given, and the guard."""
+    router, guard = one(plan, "router"), one(plan, "guard")
+    return router.environment["MESHLM__ROUTER__WORKERS"], guard.environment.get("MESHLM__GUARD__LLAMA_GUARD__WORKERS")
+
+
+class TestPlan:
+    CHAT = WorkerEntry("chat")
+    JUDGE = WorkerEntry("judge", {"model": "g"})
+
+    def test_the_worker_of_the_guards_model_is_the_guards_alone(self, root: Path) -> None:
+        plan = planned(root, self.CHAT, self.JUDGE, guard__model="g")
+        assert asked(plan) == (f'["{one(plan, "chat").address}"]', f'["{one(plan, "judge").address}"]')
+
+    def test_a_guard_that_names_no_model_asks_no_worker(self, root: Path) -> None:
+        plan = planned(root, self.CHAT, self.JUDGE)
+        both = f'["{one(plan, "chat").address}", "{one(plan, "judge").address}"]'
+        assert asked(plan) == (both, None)
+
+    def test_the_only_worker_serves_both(self, root: Path) -> None:
+        plan = planned(root, guard__model="g", worker__model="g")
+        only = f'["{one(plan, "worker").address}"]'
+        assert asked(plan) == (only, only)
+
+    def test_an_entry_may_say_who_asks_it(self, root: Path) -> None:
+        shared = WorkerEntry("judge", {"model": "g"}, ("router", "guard"))
+        plan = planned(root, self.CHAT, shared, guard__model="g")
+        both = f'["{one(plan, "chat").address}", "{one(plan, "judge").address}"]'
+        assert asked(plan) == (both, f'["{one(plan, "judge").address}"]')
+
+    def test_verifiers_find_their_workers_too(self, root: Path) -> None:
+        second = WorkerEntry("second", {"model_path": "/models/q.gguf", "model": ""})
+        plan = planned(root, self.CHAT, second, guard__panel__second__model="q")
+        assert asked(plan)[1] == f'["{one(plan, "second").address}"]'
+
+    def test_a_model_that_no_worker_serves_is_an_error(self, root: Path) -> None:
+        with pytest.raises(ConfigError, match=r"guard\.llama_guard\.workers: empty, and no entry .* serves g"):
+            planned(root, self.CHAT, guard__model="g")
+
+    def test_workers_elsewhere_are_kept(self, root: Path) -> None:
+        plan = planned(root, self.CHAT, guard__model="g", guard__llama_guard__workers='["there:1"]')
+        assert asked(plan)[1] is None  # the guard reads it itself
+
+
+@pytest.mark.mesh
+async def test_the_guard_judges_by_a_model_that_a_worker_of_the_mesh_serves() -> None:
+    async with running(ONE + JUDGE, extra=GUARD, step=0.001) as rig:
+        events = [event async for event in rig.stream("a cake", max_tokens=20)]
+        (start,) = (event for event in events if isinstance(event, Start))
+        (end,) = (event for event in events if isinstance(event, End))
+        assert start.routing.model == "fake"
+        (detector,) = (d for d in start.input_verdict.detectors if "llama-guard" in d)
+        assert detector.startswith("llama-guard-3:llama-guard-3-8b/")
+        assert detector in end.output_verdicts[0].detectors
+        with pytest.raises(MeshError) as caught:
+            await rig.text("a !harm")
+        assert (caught.value.reason, caught.value.metadata["categories"]) == (Reason.PROMPT_UNSAFE, "S1")
+        models = await rig.client.list_models()
+        assert [model.name for model in models] == ["fake"]  # callers cannot ask the judge
+
+        rig.kill("judge")
+        refused = await _refused(rig)
+        assert refused.reason is Reason.GUARD_UNAVAILABLE
+        await rig.mesh.wait_ready("judge")
+        await until(lambda: _answers(rig))
+
+
+@pytest.mark.mesh
+async def test_a_harmful_answer_is_stopped_by_the_model_that_judges_it() -> None:
+    policy = '[guard.policies.default]\ninput_detectors = ["signatures"]\n'
+    async with running(ONE + JUDGE, extra=GUARD + policy, step=0.001) as rig:
+        events = [event async for event in rig.stream("a !harm", max_tokens=200)]
+        (end,) = (event for event in events if isinstance(event, End))
+        assert dict(end.finish_reasons) == {0: "content_filter"}
+        assert "".join(event.text for event in events if isinstance(event, Text)) == ""
+        assert list(end.output_verdicts[0].categories) == ["S1"]
+
+
+async def _refused(rig: Rig) -> MeshError:
+    """The first error, once the guard has noticed that nobody judges."""
+    async with asyncio.timeout(30):
+        for number in range(10_000):
+            try:
+                await rig.text(f"cake {number}", max_tokens=1)
+            except MeshError as error:
+                return error
+    raise AssertionError("every request was answered")
+
+
+async def _answers(rig: Rig) -> bool:
+    try:
+        await rig.text("another cake", max_tokens=1)
+    except MeshError as error:
+        assert error.reason is Reason.GUARD_UNAVAILABLE
+        return False
+    return True
