@@ -53,6 +53,11 @@ def test_the_last_turn_is_judged_after_what_was_said_before_it() -> None:
     assert earlier.turns == [("User", "one")]
 
 
+def test_a_document_that_an_assistant_passes_on_is_judged_as_what_comes_in() -> None:
+    turns = [Turn("user", "one"), Turn("assistant", "a page", 4, untrusted=True)]
+    assert of_prompt(turns, CONFIG)[0].turns == [("User", "one"), ("User", "a page")]
+
+
 def test_of_a_long_conversation_the_latest_is_read_along() -> None:
     turns = conversation(("user", "x" * 200, False), ("assistant", "y" * 50, False), ("user", "z", True))
     (task,) = of_prompt(turns, CONFIG)

@@ -69,7 +69,8 @@ def of_answer(turns: Sequence[Turn], answer: str, config: LlamaGuardConfig) -> l
 
 
 def _role(turn: Turn) -> Role:
-    return "Agent" if turn.role == "assistant" else "User"
+    """Words of others come in from outside, whoever passes them on."""
+    return "Agent" if turn.role == "assistant" and not turn.untrusted else "User"
 
 
 def _context(turns: Sequence[Turn], chars: int) -> tuple[tuple[Role, str], ...]:
