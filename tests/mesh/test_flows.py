@@ -36,7 +36,7 @@ stream_interval = {interval}
 step_seconds = {step}
 total_blocks = 512
 [router.server]
-listen = "unix:{root}/router"
+listen = "{listen}"
 """
 ONE = '[[mesh.workers]]\nname = "one"\n'
 NO_RESUMES = "[router.streams]\nresumes = 0\n"  # by the router
@@ -93,15 +93,18 @@ class Rig:
 
 
 @asynccontextmanager
-async def running(workers: str = ONE, step: float = 0.02, extra: str = "", interval: float = 0.1) -> AsyncIterator[Rig]:
+async def running(
+    workers: str = ONE, step: float = 0.02, extra: str = "", interval: float = 0.1, listen: str = ""
+) -> AsyncIterator[Rig]:
+    """`listen`: of the router; empty: a unix socket."""
     with TemporaryDirectory(prefix="meshlm-") as root:
         file = Path(root) / "mesh.toml"
-        file.write_text(workers + CONFIG.format(root=root, step=step, interval=interval) + extra)
+        listen = listen or f"unix:{root}/router"
+        file.write_text(workers + CONFIG.format(listen=listen, step=step, interval=interval) + extra)
         folder = StateFolder(Path(root) / "s")
         folder.acquire()
-        config = MeshConfig(
-            ready_seconds=120, stop_seconds=20, workers=Source.read(file, {}).section("mesh", MeshConfig).workers
-        )
+        told = Source.read(file, {}).section("mesh", MeshConfig)
+        config = MeshConfig(ready_seconds=120, stop_seconds=20, workers=told.workers, routers=told.routers)
         plan = plan_mesh(Source.read(file, {}), folder, config, config_path=file)
         try:
             async with LocalMesh(plan, folder, config) as mesh:

@@ -28,7 +28,7 @@ def open_channel(
         ("grpc.max_receive_message_length", max_receive_bytes),
         ("grpc.service_config", _service_config(retryable)),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 2_000),  # how long one attempt may take, whatever its name says
         ("grpc.max_reconnect_backoff_ms", 2_000),
         # What a reader has not taken waits at the sender, who sends it in fewer messages then: without a probe of the
         # bandwidth, which ends at megabytes, a stream holds back 64 KiB on its way.

@@ -189,6 +189,11 @@ class ServerConfig:
 
     # Address of the gRPC server: host:port, or unix:PATH.
     listen: str
+    # Another address on which the same is served, e.g. one that is this process's alone; empty: none.
+    also_listen: str = ""
+    # Whether other processes may listen on the same host:port, each getting a share of the connections (SO_REUSEPORT).
+    # A process that drains then leaves the port at once, so that new connections go to the others.
+    reuse_port: bool = False
     # Address of the admin port (HTTP: /metrics, /livez, /readyz, /config); empty: none.
     admin_listen: str = ""
     # Seconds that running calls may take to end after SIGTERM.

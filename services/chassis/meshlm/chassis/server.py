@@ -63,6 +63,8 @@ async def run(service: Service, server_config: ServerConfig, describe: Callable[
     _add_debugging(server, server_config, names)
     await life.announce(names)
     port = server.add_insecure_port(server_config.listen)
+    if server_config.also_listen:
+        server.add_insecure_port(server_config.also_listen)
     admin = AdminPort(server_config.admin_listen, life, describe)
     await server.start()
     admin.start()
@@ -72,7 +74,7 @@ async def run(service: Service, server_config: ServerConfig, describe: Callable[
             await life.set_warm()
             log.info("serving", listen=server_config.listen)
             await stopping.wait()
-            await _drain(service, server_config, gate, life)
+            await _drain(service, server_config, gate, life, server)
     finally:
         # Calls that outlived the grace time are cancelled here, and settle; only then may the engine go.
         await server.stop(0.5)
@@ -96,14 +98,18 @@ async def _start_or_stop(service: Service, life: Life, stopping: asyncio.Event) 
     return True
 
 
-async def _drain(service: Service, config: ServerConfig, gate: Gate, life: Life) -> None:
+async def _drain(service: Service, config: ServerConfig, gate: Gate, life: Life, server: grpc.aio.Server) -> None:
     # Health first, so that balancers look elsewhere; then the gate, so that late calls get a reason.
     log.info("draining", running=gate.running, grace_seconds=config.grace_seconds)
     begun = time.monotonic()
     await life.set_draining()
+    # Where others listen on the port, they get the new connections: nobody need be refused.
+    leaving = asyncio.ensure_future(server.stop(config.grace_seconds)) if config.reuse_port else None
     gate.closed = True
     await service.drain()
     ended = await gate.wait_idle(config.grace_seconds)
+    if leaving is not None:
+        await leaving
     log.info("drained", complete=ended, left=gate.running, seconds=round(time.monotonic() - begun, 3))
 
 
@@ -116,7 +122,7 @@ def _make_server(config: ServerConfig, gate: Gate) -> grpc.aio.Server:
         # Clients ping every 30 s (channels.py); gRPC's default would call that abuse.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(config.reuse_port)),
     ]
     return grpc.aio.server(interceptors=[CallInterceptor(gate)], options=options)
 

@@ -45,6 +45,8 @@ class MeshConfig:
     ready_seconds: float = 300.0
     # Seconds each service may take to end after SIGTERM before it is killed; above its own grace time.
     stop_seconds: float = 45.0
+    # Router processes, all on `router.server.listen`.
+    routers: int = 1
     # Admin ports count up from here, in the order of the table that `up` prints; 0: none but those configured.
     admin_from: int = 0
     # Workers; empty: one, as section `worker` says.
@@ -54,7 +56,9 @@ class MeshConfig:
         names = [worker.name for worker in self.workers]
         if len(set(names)) != len(names):
             raise ValueError("two workers have the same name")
-        if set(names) & {"valkey", "guard", "cache", "router"}:
+        if any(name in ("valkey", "guard", "cache") or re.fullmatch("router(-[0-9]+)?", name) for name in names):
             raise ValueError("a worker cannot have another service's name")
+        if self.routers < 1:
+            raise ValueError("routers must be at least 1")
         if not 0 <= self.admin_from <= 65_000:
             raise ValueError("admin_from must be in [0, 65000]")

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -71,6 +72,9 @@ class LocalMesh:
         """
         for process in self.plan.processes:
             _claim(process)
+        for child in self._children_of("router")[:1]:
+            if child.plan.address != self.target:  # several share it
+                _claim(replace(child.plan, address=self.target, admin=""))
         try:
             async with asyncio.timeout(self._config.ready_seconds):
                 await self._start_stages()
@@ -93,8 +97,12 @@ class LocalMesh:
         """Drain: router first, then what it calls, Valkey last."""
         self._up = False
         for part in _STOP_ORDER:
-            children = [child for child in self._children if child.plan.part == part]
-            await asyncio.gather(*(child.stop(self._config.stop_seconds) for child in children))
+            await asyncio.gather(*(child.stop(self._config.stop_seconds) for child in self._children_of(part)))
+
+    async def roll_routers(self) -> None:
+        """Start the router processes anew, one after the other: where there are several, somebody always serves."""
+        for child in self._children_of("router"):
+            await child.renew(self._config.stop_seconds)
 
     def kill(self) -> None:
         """Kill everything now."""
@@ -145,10 +153,14 @@ class LocalMesh:
         workers = sum(process.part == "worker" and "router" in process.used_by for process in self.plan.processes)
         if not self.key:
             return
-        async with open_channel(self.target) as channel:
-            stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
-            while await _ready_replicas(stub, self.key) < workers:  # noqa: ASYNC110  # they are in another process
-                await asyncio.sleep(_ASK_AGAIN_SECONDS)
+        for router in self._children_of("router"):
+            async with open_channel(router.plan.address) as channel:
+                stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+                while await _ready_replicas(stub, self.key) < workers:  # noqa: ASYNC110  # they are in another process
+                    await asyncio.sleep(_ASK_AGAIN_SECONDS)
+
+    def _children_of(self, part: str) -> list[Child]:
+        return [child for child in self._children if child.plan.part == part]
 
     def _child(self, name: str) -> Child:
         return next(child for child in self._children if child.plan.name == name)

@@ -97,8 +97,32 @@ class Planner:
         workers = self._workers(entries, self._guard_models if guard else ())
         guard = [self._with_workers(process, workers) for process in guard]
         router = self._router(guard, cache, [w for w in workers if "router" in w.used_by], router_admin, key)
-        stages = [[*guard, *cache, *workers, router]]
+        stages = [[*guard, *cache, *workers, *self._sharing(router)]]
         return MeshPlan([valkey, *stages] if valkey else stages, router.address, key if self.needs_key else "")
+
+    def _sharing(self, router: ProcessPlan) -> list[ProcessPlan]:
+        """The processes that are the router: one, or several on its port, each with an address of its own beside it.
+
+        Raises ConfigError where they cannot share.
+        """
+        count = self._config.routers
+        if count == 1:
+            return [router]
+        _, _, port = router.address.rpartition(":")
+        if not port.isdecimal() or port == "0":
+            raise ConfigError(f"mesh.routers: {count} can share a host:port, but not {router.address}")
+        shared = {**router.environment, variable("router", "server", "reuse_port"): "true"}
+        processes = []
+        for number in range(1, count + 1):
+            name, admin = ("router", router.admin) if number == 1 else (f"router-{number}", self._counted_admin())
+            own = f"unix:{self._folder.socket(name)}"
+            environment = {
+                **shared,
+                variable("router", "server", "also_listen"): own,
+                variable("router", "server", "admin_listen"): admin,
+            }
+            processes.append(replace(router, name=name, address=own, admin=admin, environment=environment))
+        return processes
 
     def _valkey(self) -> list[ProcessPlan]:
         if self._source.section("state", StateConfig).redis_url:
@@ -196,8 +220,11 @@ class Planner:
         said = (extra or {}).get(variable(part, "server", "admin_listen"))
         if said is None and not (part == "worker" and self._config.workers):
             said = self._said(f"{part}.server.admin_listen")
-        if said is not None or not self._admin_next:
-            return said or ""
+        return self._counted_admin() if said is None else said
+
+    def _counted_admin(self) -> str:
+        if not self._admin_next:
+            return ""
         self._admin_next += 1
         return f"127.0.0.1:{self._admin_next - 1}"
 

@@ -86,6 +86,7 @@ class Child:
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._stopping = False
+        self._renewing = False
         self._deaths: deque[float] = deque(maxlen=_DEATHS)
 
     def start(self) -> asyncio.Task[None]:
@@ -111,6 +112,20 @@ class Child:
             await self._keeper
         self.kill()  # a start may have been under way
 
+    async def renew(self, seconds: float) -> None:
+        """End the process and start it anew: SIGTERM, and SIGKILL after that time. Returns when it serves."""
+        process = self._process
+        if process is None or process.returncode is not None:  # it is being started anyway
+            await self.ready.wait()
+            return
+        self._renewing = True
+        self.ready.clear()
+        process.terminate()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), seconds)
+        self._kill_group(process.pid)
+        await self.ready.wait()
+
     def kill(self) -> None:
         """Kill the process and what it started, now."""
         self._stopping = True
@@ -129,6 +144,10 @@ class Child:
             if self._stopping:
                 return
             self._kill_group(process.pid)  # an engine must not outlive its worker
+            if self._renewing:
+                self._renewing = False
+                self._tell(Stopped(self.plan.name, _why(code), code == 0))
+                continue
             delay = self._after_death(code)
             self._tell(Died(self.plan.name, _why(code), delay))
             await asyncio.sleep(delay)

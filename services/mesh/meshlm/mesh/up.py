@@ -58,6 +58,7 @@ async def _serve_until_told(mesh: LocalMesh, teller: Teller, console: Console, t
     serving = asyncio.create_task(_start_and_wait(mesh, teller, console))
     stopping = asyncio.create_task(told.first.wait())
     killing = asyncio.create_task(_kill_on(told.second, mesh))
+    rolling = asyncio.create_task(_roll_on(told.again, mesh))
     try:
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if told.first.is_set():
@@ -69,6 +70,7 @@ async def _serve_until_told(mesh: LocalMesh, teller: Teller, console: Console, t
         await mesh.stop()
         stopping.cancel()
         killing.cancel()
+        rolling.cancel()
     return 1 if told.second.is_set() else 0
 
 
@@ -171,6 +173,7 @@ class _Told:
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self.again = asyncio.Event()  # start the routers anew
 
     def hear(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
@@ -182,13 +185,21 @@ def _signals() -> Iterator[_Told]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     for number in numbers:
         loop.add_signal_handler(number, told.hear)
+    loop.add_signal_handler(signal.SIGHUP, told.again.set)
     try:
         yield told
     finally:
-        for number in numbers:
+        for number in (*numbers, signal.SIGHUP):
             loop.remove_signal_handler(number)
 
 
 async def _kill_on(event: asyncio.Event, mesh: LocalMesh) -> None:
     await event.wait()
     mesh.kill()
+
+
+async def _roll_on(event: asyncio.Event, mesh: LocalMesh) -> None:
+    while True:
+        await event.wait()
+        event.clear()
+        await mesh.roll_routers()
