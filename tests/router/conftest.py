@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.requests: list[worker_pb2.RunGenerationRequest] = []
         self.counted: list[worker_pb2.CountInputTokensRequest] = []
         self.cancelled = asyncio.Event()
+        self.scores: Callable[[Any], Awaitable[Any]] | None = None  # answers Score
 
     async def WatchLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
         while True:
@@ -125,6 +126,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def CountInputTokens(self, request: Any, context: Any) -> Any:
         self.counted.append(request)
         return worker_pb2.CountInputTokensResponse(prompt_tokens=7, token_text="decoded")
+
+    async def Score(self, request: Any, context: Any) -> Any:
+        assert self.scores is not None, "no test asked for scores"
+        return await self.scores(request)
 
     async def RunGeneration(self, request: Any, context: Any) -> AsyncIterator[Any]:
         self.requests.append(request)
@@ -265,13 +270,14 @@ class Mesh:
         self.fleet = Fleet(targets)
         self.guards, self.answers = Guards(self.config), Answers(self.config)
         self.ledger = Ledger(state, self.config)
+        self.vigilance = Vigilance(self.config, state, self.fleet)
         self.pipeline = Pipeline(
             self.config,
             ledger=self.ledger,
             fleet=self.fleet,
             answers=self.answers,
             guards=self.guards,
-            vigilance=Vigilance(self.config, state),
+            vigilance=self.vigilance,
             returns=Returns(state, self.config.streams),
         )
         self.servicer = InferenceServicer(self.config, KeyRing(self.config.keys), self.fleet, self.pipeline)

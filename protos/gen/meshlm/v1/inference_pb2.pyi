@@ -283,6 +283,8 @@ class Admission(google.protobuf.message.Message):
     SHADOW_FIELD_NUMBER: builtins.int
     SHADOW_WEIGHT_FIELD_NUMBER: builtins.int
     SHADOW_REFUSED_FIELD_NUMBER: builtins.int
+    SURPRISE_FIELD_NUMBER: builtins.int
+    SURPRISE_SOURCE_FIELD_NUMBER: builtins.int
     risk: builtins.float
     """The caller's risk, from its recent requests, or this prompt's where that is larger. Range [0, 1]."""
     weight: builtins.float
@@ -293,6 +295,12 @@ class Admission(google.protobuf.message.Message):
     """In shadow mode: the weight that this request would have had."""
     shadow_refused: builtins.bool
     """In shadow mode: whether it would have been refused as BREAKER_OPEN."""
+    surprise: builtins.float
+    """How surprising the prompt is where it is most so: the largest mean of surprisal less entropy over 16 tokens, nats a
+    token; or nats a byte, where the source is an n-gram table. Absent for short prompts and token ids.
+    """
+    surprise_source: builtins.str
+    """What read it: the scoring model's revision, or the version of the n-gram table (`ngram-...`)."""
     def __init__(
         self,
         *,
@@ -301,8 +309,12 @@ class Admission(google.protobuf.message.Message):
         shadow: builtins.bool = ...,
         shadow_weight: builtins.float = ...,
         shadow_refused: builtins.bool = ...,
+        surprise: builtins.float | None = ...,
+        surprise_source: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["risk", b"risk", "shadow", b"shadow", "shadow_refused", b"shadow_refused", "shadow_weight", b"shadow_weight", "weight", b"weight"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_surprise", b"_surprise", "surprise", b"surprise"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_surprise", b"_surprise", "risk", b"risk", "shadow", b"shadow", "shadow_refused", b"shadow_refused", "shadow_weight", b"shadow_weight", "surprise", b"surprise", "surprise_source", b"surprise_source", "weight", b"weight"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_surprise", b"_surprise"]) -> typing.Literal["surprise"] | None: ...
 
 global___Admission = Admission
 

@@ -92,6 +92,10 @@ class Name:
     LEDGER_EMERGENCY = "meshlm.ledger.emergency"
     RISK = "meshlm.risk"
     RISK_CALLER = "meshlm.risk.caller"
+    RISK_PROMPT = "meshlm.risk.prompt"
+    SURPRISE = "meshlm.prompt.surprise"
+    SURPRISE_SOURCE = "meshlm.prompt.surprise_source"
+    SURPRISE_SCORES = "meshlm.prompt.scores"
     RISK_WEIGHT = "meshlm.risk.weight"
     RISK_SHADOW = "meshlm.risk.shadow"
     RISK_SHARED = "meshlm.risk.shared"
@@ -139,6 +143,7 @@ GENAI_TPOT = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0
 # Calls inside the mesh: from 100 us to 13 s (the SDK's own default is made for milliseconds).
 _CALLS = [0.0001 * 2**i for i in range(18)]
 _BUCKETS: Mapping[str, Sequence[float]] = {
+    Name.SURPRISE: [i / 2 for i in range(1, 21)],
     Name.RISK: [i / 10 for i in range(1, 11)],
     "rpc.server.duration": _CALLS,
     Name.GUARD_DURATION: _CALLS,

@@ -9,7 +9,7 @@ from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
 from meshlm.router.replica_config import ReplicaConfig
-from meshlm.router.risk_config import BreakerConfig, RiskConfig
+from meshlm.router.risk_config import BreakerConfig, EntropyConfig, RiskConfig
 from meshlm.router.route_config import RouteConfig, check_callers, check_names
 from meshlm.router.streams_config import StreamsConfig
 
@@ -154,6 +154,8 @@ class RouterConfig:
     prices: dict[str, PriceConfig] = field(default_factory=dict)
     # What follows from callers' risk.
     risk: RiskConfig = field(default_factory=RiskConfig)
+    # How surprising prompts are, and what reads them.
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
     # When bursts of attacks open a breaker.
     breakers: BreakerConfig = field(default_factory=BreakerConfig)
     # Model, alias or route of requests that name none; empty: the only model there is.

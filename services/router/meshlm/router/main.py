@@ -46,7 +46,7 @@ class RouterService:
             fleet=self._fleet,
             answers=self._answers,
             guards=self._guards,
-            vigilance=Vigilance(config, self._redis),
+            vigilance=Vigilance(config, self._redis, self._fleet),
             returns=Returns(self._redis, config.streams),
         )
 

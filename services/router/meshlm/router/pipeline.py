@@ -77,6 +77,7 @@ class Pipeline:
             self._resolve(work)
             await self._vigilance.look(work)
             await self._admit(work)
+            self._vigilance.read(work)
             await self._choose(work)
             screening = asyncio.create_task(self._screen(work))
             try:
@@ -105,6 +106,7 @@ class Pipeline:
         if self._settling:
             await asyncio.wait(self._settling)
         await self._shadows.stop()
+        await self._vigilance.stop()
         await self._ledger.stop()
 
     def _resolve(self, work: Work) -> None:

@@ -43,6 +43,11 @@ class Caller:
         tenant = f"meshlm:{{{self.tenant}}}"
         return f"{tenant}:risk:{self.key}", f"{tenant}:breaker:key:{self.key}", f"{tenant}:breaker:route:{self.route}"
 
+    @property
+    def no_score(self) -> str:
+        """A key in the same slot under which nothing is kept."""
+        return f"meshlm:{{{self.tenant}}}:surprise:none"
+
 
 @dataclass(frozen=True)
 class Standing:

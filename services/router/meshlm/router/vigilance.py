@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -16,8 +17,12 @@ from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.telemetry import Name, meter, span
 from meshlm.router.breaker import State
 from meshlm.router.config import RouterConfig
+from meshlm.router.fleet import Fleet
+from meshlm.router.measure import text_of
 from meshlm.router.risk import MOST, guard_risk, is_attack, weight_of
+from meshlm.router.scoring import Scorer
 from meshlm.router.standing import Caller, Standing, Standings
+from meshlm.router.surprise import Estimator, Surprise, risk_of
 from meshlm.router.work import Work
 from meshlm.v1 import inference_pb2
 
@@ -32,8 +37,12 @@ class Assessment:
     identifier: str
     shadow: bool
     standing: Standing
+    place: str  # where a model's score of its prompt is remembered; empty: no model scores it
+    surprise: Surprise | None  # of its prompt: what a model said of it before, or else the estimate
     risk: float
     weight: float  # as it would be, were it not for the shadow
+    scored: Surprise | None = None  # of its prompt, once a model has read it
+    noted: bool = False
 
     @property
     def in_force(self) -> float:
@@ -41,10 +50,17 @@ class Assessment:
         return 1.0 if self.shadow else self.weight
 
     @property
+    def read(self) -> Surprise | None:
+        """The best that is known of its prompt by now."""
+        return self.scored or self.surprise
+
+    @property
     def record(self) -> dict[str, object]:
         """For the audit line."""
         return {
             "risk": round(self.risk, 3),
+            "surprise": round(self.read.nats, 3) if self.read is not None else None,
+            "surprise_source": self.read.source if self.read is not None else "",
             "weight": round(self.weight, 3),
             "shadow": self.shadow,
             "breaker": str(self.standing.key),
@@ -58,9 +74,13 @@ class Assessment:
 
 
 class Vigilance:
-    def __init__(self, config: RouterConfig, redis: Redis | None) -> None:
+    def __init__(self, config: RouterConfig, redis: Redis | None, fleet: Fleet) -> None:
         self._config = config
         self._standings = Standings(redis, config.risk, config.breakers)
+        self._estimator = Estimator()
+        self._scorer = Scorer(redis, fleet, config.entropy)
+        self._scoring: set[asyncio.Task[None]] = set()
+        self._surprises = meter().create_histogram(Name.SURPRISE, "nats", "Prompts' surprise, by what read them")
         self._risks = meter().create_histogram(Name.RISK, "1", "Risk of requests, by where it comes from")
         self._trips = meter().create_counter(Name.BREAKER_TRIPS, "{trip}", "Breakers that opened, by scope")
         self._refusals = meter().create_counter(Name.BREAKER_REFUSALS, "{request}", "Requests that met an open breaker")
@@ -76,13 +96,21 @@ class Vigilance:
         with span("router.risk") as current:
             caller = Caller(work.key.tenant, work.key.id, work.generation.model)
             identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
-            standing = await self._standings.look(caller, identifier, f"{caller.places[0]}:score")
+            place = self._scorer.place(work)
+            standing = await self._standings.look(caller, identifier, place or caller.no_score)
+            surprise = self._surprise(work, standing)
+            of_prompt = risk_of(surprise, self._config.entropy.ramps)
+            risk = max(standing.risk, of_prompt)
             tightened = standing.route is not State.CLOSED
-            weight = MOST if tightened else weight_of(standing.risk)
-            work.assessment = found = Assessment(caller, identifier, mode == "shadow", standing, standing.risk, weight)
+            weight = MOST if tightened else weight_of(risk)
+            work.assessment = found = Assessment(
+                caller, identifier, mode == "shadow", standing, place, surprise, risk, weight
+            )
             current.set_attributes(
                 {
                     Name.RISK_CALLER: standing.risk,
+                    Name.RISK_PROMPT: of_prompt,
+                    **({Name.SURPRISE: surprise.nats, Name.SURPRISE_SOURCE: surprise.source} if surprise else {}),
                     Name.RISK_WEIGHT: weight,
                     Name.RISK_SHADOW: found.shadow,
                     Name.RISK_SHARED: standing.shared,
@@ -91,6 +119,7 @@ class Vigilance:
                 }
             )
             self._risks.record(standing.risk, {"source": "caller"})
+            self._risks.record(of_prompt, {"source": "prompt"})
             if not standing.passes:
                 self._refusals.add(1, {Name.TENANT: caller.tenant, Name.RISK_SHADOW: found.shadow})
             if found.shadow:
@@ -101,14 +130,32 @@ class Vigilance:
                 self._tighten(work)
             self._weigh(work, found)
 
+    def read(self, work: Work) -> None:
+        """Once a request is admitted: have its prompt scored beside it, where a model is to and has not yet."""
+        found = work.assessment
+        if found is None or not found.place or (found.surprise is not None and found.surprise.by_model):
+            return
+        task = asyncio.create_task(self._score(work, found))
+        self._scoring.add(task)
+        task.add_done_callback(self._scoring.discard)
+
+    async def stop(self) -> None:
+        """Scores that are still awaited are of no use any more."""
+        for task in list(self._scoring):
+            task.cancel()
+        if self._scoring:
+            await asyncio.wait(self._scoring)
+
     async def note(self, work: Work) -> None:
         """The request is over: what it says of its caller counts for the next ones."""
         found = work.assessment
         if found is None or found.refused:
             return
-        risk = guard_risk(work)
+        found.noted = True
+        seen = guard_risk(work)
+        risk = max(seen, risk_of(found.read, self._config.entropy.ramps))
         attack = is_attack(work, flag_score=self._config.risk.flag_score)
-        self._risks.record(risk, {"source": "guard"})
+        self._risks.record(seen, {"source": "guard"})
         opened = await self._standings.note(found.caller, found.identifier, risk=risk, flagged=attack)
         for scope, trips in (("key", opened.key), ("route", opened.route)):
             if trips:
@@ -127,6 +174,26 @@ class Vigilance:
                     shadow=found.shadow,
                 )
 
+    def _surprise(self, work: Work, standing: Standing) -> Surprise | None:
+        """What a model said of this prompt before, or else the estimate."""
+        known = self._scorer.recall(standing.score) if standing.score else None
+        if known is None:
+            known = self._estimator.surprise(text_of(work.generation.input), self._config.entropy.tokens)
+        if known is not None:
+            self._surprises.record(known.nats, {"source": "model" if known.by_model else "ngram"})
+        return known
+
+    async def _score(self, work: Work, found: Assessment) -> None:
+        """Nobody waits for it: the weight stays what it was, and the caller's next requests know."""
+        scored = await self._scorer.score(work, found.place)
+        if scored is None:
+            return
+        found.scored = scored
+        self._surprises.record(scored.nats, {"source": "model"})
+        if found.noted:
+            risk = risk_of(scored, self._config.entropy.ramps)
+            await self._standings.note(found.caller, found.identifier, risk=risk, flagged=None)
+
     def _tighten(self, work: Work) -> None:
         """The tenant's breaker is open on this route: its requests are judged strictly, and not without a guard."""
         policy = self._config.breakers.strict_policy or work.key.guard_policy
@@ -144,6 +211,8 @@ def admission_of(work: Work) -> inference_pb2.Admission | None:
     if found is None:
         return None
     told = inference_pb2.Admission(risk=round(found.risk, 2), weight=round(found.in_force, 2), shadow=found.shadow)
+    if found.surprise is not None:
+        told.surprise, told.surprise_source = round(found.surprise.nats, 2), found.surprise.source
     if found.shadow:
         told.shadow_weight = round(found.weight, 2)
         told.shadow_refused = not found.standing.passes
