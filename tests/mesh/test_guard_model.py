@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ import pytest
 
 from meshlm.chassis.config import ConfigError, Source
 from meshlm.chassis.errors import MeshError, Reason
+from meshlm.chassis.spans import read_trace
 from meshlm.mesh.client import End, Start, Text
 from meshlm.mesh.config import MeshConfig, WorkerEntry
 from meshlm.mesh.plan import MeshPlan, Planner, ProcessPlan
@@ -94,6 +96,7 @@ async def test_the_guard_judges_by_a_model_that_a_worker_of_the_mesh_serves() ->
         with pytest.raises(MeshError) as caught:
             await rig.text("a !harm")
         assert (caught.value.reason, caught.value.metadata["categories"]) == (Reason.PROMPT_UNSAFE, "S1")
+        await until(lambda: {"guard", "worker"} <= _who_scored(rig, start.trace_id))
         models = await rig.client.list_models()
         assert [model.name for model in models] == ["fake"]  # callers cannot ask the judge
 
@@ -105,14 +108,25 @@ async def test_the_guard_judges_by_a_model_that_a_worker_of_the_mesh_serves() ->
 
 
 @pytest.mark.mesh
-async def test_a_harmful_answer_is_stopped_by_the_model_that_judges_it() -> None:
+async def test_a_harmful_answer_is_stopped_by_the_models_that_judge_it() -> None:
     policy = '[guard.policies.default]\ninput_detectors = ["signatures"]\n'
-    async with running(ONE + JUDGE, extra=GUARD + policy, step=0.001) as rig:
+    other = JUDGE.replace("judge", "other").replace("llama-guard-3-8b", "other-model")
+    panel = '[guard.panel]\nsample_share = 1.0\n[guard.panel.second]\nmodel = "other-model"\n'
+    async with running(ONE + JUDGE + other, extra=GUARD + panel + policy, step=0.001) as rig:
         events = [event async for event in rig.stream("a !harm", max_tokens=200)]
         (end,) = (event for event in events if isinstance(event, End))
         assert dict(end.finish_reasons) == {0: "content_filter"}
         assert "".join(event.text for event in events if isinstance(event, Text)) == ""
         assert list(end.output_verdicts[0].categories) == ["S1"]
+        (votes,) = (d for d in end.output_verdicts[0].detectors if d.startswith("panel:"))
+        assert re.fullmatch(r"panel:agreed\(llama-guard-3:llama-guard-3-8b/.*=1\.00,chat:other-model/.*=1\.00\)", votes)
+
+
+def _who_scored(rig: Rig, trace_id: str) -> set[str]:
+    """Services with a span of a Score in the trace."""
+    spans = [span for span in read_trace(str(rig.folder.spans), trace_id) if span.name.endswith("/Score")]
+    assert not any("a cake" in str(span.attributes) for span in spans)
+    return {span.service.removeprefix("meshlm-") for span in spans}
 
 
 async def _refused(rig: Rig) -> MeshError:

@@ -14,7 +14,7 @@ import structlog
 from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
-from meshlm.chassis.telemetry import client_span
+from meshlm.chassis.telemetry import Name, client_span
 from meshlm.guard.judging import JudgeError
 from meshlm.guard.llama.breaker import Breaker
 from meshlm.guard.llama.config import LlamaGuardConfig
@@ -60,13 +60,17 @@ class Replica:
 
     async def score(self, request: worker_pb2.ScoreRequest) -> worker_pb2.ScoreResponse:
         """Raises MeshError."""
-        with client_span(_SERVICE, "Score"):
+        with client_span(_SERVICE, "Score") as span:
             try:
                 response: worker_pb2.ScoreResponse = await self.stub.Score(
                     request, timeout=self._seconds, metadata=outgoing_metadata()
                 )
             except grpc.RpcError as error:
                 raise from_rpc_error(error) from None
+            span.set_attribute(Name.REQUEST_MODEL, request.model)
+            span.set_attribute(Name.REPLICA, self.state.replica if self.state is not None else self.target)
+            span.set_attribute(Name.INPUT_TOKENS, response.usage.prompt_tokens)
+            span.set_attribute(Name.CACHED_TOKENS, response.usage.cached_prompt_tokens)
         return response
 
 
