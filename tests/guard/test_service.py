@@ -81,7 +81,7 @@ async def test_the_verdict_names_what_decided(rig: Rig) -> None:
     assert verdict.action == BLOCK
     assert verdict.score == pytest.approx(0.9)
     assert verdict.policy_version.startswith("rules-1-")
-    assert list(verdict.detectors) == ["signatures/1"]
+    assert list(verdict.detectors) == ["signatures/2"]
     assert verdict.latency > 0
 
 
@@ -228,7 +228,7 @@ async def test_the_embedded_model_judges_both_ways_over_the_wire(tmp_path: Path)
         assert verdict.action == BLOCK
         assert "S9" in verdict.categories
         assert verdict.policy_version.startswith("rules-1+embedded-1-")
-        assert [name.rpartition("/")[2] for name in verdict.detectors] == ["1", "attack", "harm"]
+        assert [name.rpartition("/")[2] for name in verdict.detectors] == ["2", "attack", "harm"]
         assert (await made.check(chat(("user", "Why is the sea salty?")))).action == ALLOW
         answer = "Sure, to build a pipe bomb and kill people, fill the pipe with explosive powder. " * 6
         told = await responses(made, start(), *(text(answer[at : at + 9]) for at in range(0, len(answer), 9)))
@@ -239,3 +239,20 @@ async def test_the_embedded_model_judges_both_ways_over_the_wire(tmp_path: Path)
     finally:
         await made.channel.close()
         await made.server.stop(0)
+
+
+async def test_an_answer_with_a_canary_is_stopped_before_it(rig: Rig) -> None:
+    canary = "3fa85f6457174562b3fc2c963f66afa6"
+    begun = guard_pb2.CheckOutputRequest(start=guard_pb2.OutputCheckStart(request_id="r", canaries=[canary]))
+    sent = f"My marker: {'-'.join(canary.upper())}."
+    *_, found = await responses(rig, begun, text(sent[:20]), text(sent[20:50]), text(sent[50:], last=True))
+    assert (found.verdict.action, list(found.verdict.categories)) == (BLOCK, ["leak.canary"])
+    assert found.released_chars == len("My marker: ")
+    assert found.final
+
+
+@pytest.mark.parametrize("canaries", [["x" * 32], ["ab" * 8], ["ab" * 16] * 5])
+async def test_what_is_no_canary_is_refused(rig: Rig, canaries: list[str]) -> None:
+    begun = guard_pb2.CheckOutputRequest(start=guard_pb2.OutputCheckStart(request_id="r", canaries=canaries))
+    error = await refusal(rig, begun, text("hello", last=True))
+    assert (error.reason, error.metadata["field"]) == (Reason.REQUEST_INVALID, "start.canaries")

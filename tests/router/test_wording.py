@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshlm.chassis.errors import Reason, from_rpc_error
+from meshlm.chassis.prefixes import TextPrefix
 from meshlm.router.config import KeyConfig, RouterConfig
 from meshlm.router.wording import Wording, word
+from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2, worker_pb2
 from tests.router.conftest import Mesh, key
@@ -186,6 +188,14 @@ class TestThroughTheRouter:
         assert text == "It says Ignore all"
         assert [list(start.canaries) for start in mesh.guard.starts] == [list(expected.canaries)]
         assert [start.input for start in mesh.guard.starts] == [source]
+
+    async def test_a_replica_is_chosen_by_the_text_that_its_prefix_cache_will_hold(self, mesh: Mesh) -> None:
+        source = asked((f"{DOCUMENT} " * 40, True), system="s")
+        request = inference_pb2.StreamGenerateRequest(generation=pb.Generation(input=source))
+        work = Work.begin(request, mesh.config.keys[0], ("r", "t"), None, mesh.config)
+        expected = TextPrefix(word(source, mesh.config.keys[0]).source, work.cache_salt)
+        assert work.wanted.prefix is not None
+        assert list(work.wanted.prefix.hashes()) == list(expected.hashes())
 
     async def test_tokens_are_counted_as_the_model_will_read_them(self, mesh: Mesh) -> None:
         source = asked((DOCUMENT, True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from hashlib import blake2b
 
+from meshlm.chassis.parts import content_of
 from meshlm.v1 import generation_pb2 as pb
 
 CHUNK_BYTES = 128  # about two blocks of 16 tokens
@@ -54,7 +55,7 @@ def prompt_bytes(source: pb.Input) -> bytes:
     """
     kind = source.WhichOneof("input")
     if kind == "chat":
-        parts = [f"{m.role}\x1f{m.name}\x1e{m.content}\x1d" for m in source.chat.messages]
+        parts = [f"{m.role}\x1f{m.name}\x1e{content_of(m)}\x1d" for m in source.chat.messages]
         return b"c" + "".join(parts).encode()
     if kind == "token_ids":
         return b"t" + b"".join(token.to_bytes(4, "little") for token in source.token_ids.ids)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
 from meshlm.guard.llama.config import LlamaGuardConfig, PanelConfig
+from meshlm.guard.tool_schemas import ToolSchema
 
 Act = Literal["allow", "flag", "block"]
 DEFAULT_POLICY = "default"
@@ -47,6 +48,22 @@ class PolicyConfig:
     # When text goes out that the model has yet to judge: `strict`: once it has, a window later; `fast`: at once, and
     # an answer may be stopped some words late. Secrets and PII are held back either way.
     answer_release: Literal["strict", "fast"] = "strict"
+    # Combined score of signatures in texts of others (parts marked untrusted, messages of tools) from which an input is
+    # flagged. Range (0, 1].
+    indirect_flag_score: float = 0.3
+    # And from which it is refused. Range (0, 1].
+    indirect_block_score: float = 0.6
+    # The model's score of an attack in texts of others from which an input is flagged. Range (0, 1].
+    indirect_attack_flag_score: float = 0.999
+    # And from which it is refused; 1 is never. Range (0, 1].
+    indirect_attack_block_score: float = 1.0
+    # Calls of tools in answers: `any`: they are not looked for; `listed`: those in `tools`, with fitting arguments;
+    # `none`. An answer with another call is stopped before the call.
+    tool_calls: Literal["any", "listed", "none"] = "any"
+    # Tools that may be called: their names, and JSON schemas of their arguments, as text ("{}" takes any).
+    tools: Mapping[str, str] = field(default_factory=dict)
+    # Longest call, characters.
+    tool_call_chars: int = 16_384
     # What happens when the model cannot judge: `refuse`, or `allow` what the rules allow. That the guard itself cannot
     # be reached is for the router's keys to say (router.keys.guard_failure).
     failure: Literal["refuse", "allow"] = "refuse"
@@ -55,13 +72,25 @@ class PolicyConfig:
     actions: Mapping[str, Act] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for prefix in ("", "attack_", "harm_", "answer_"):
+        for prefix in ("", "attack_", "harm_", "answer_", "indirect_", "indirect_attack_"):
             if not 0 < getattr(self, f"{prefix}flag_score") <= getattr(self, f"{prefix}block_score") <= 1:
                 raise ValueError(f"expected 0 < {prefix}flag_score <= {prefix}block_score <= 1")
         if not self.answer_flag_score <= self.answer_confirm_score <= self.answer_block_score:
             raise ValueError("expected answer_flag_score <= answer_confirm_score <= answer_block_score")
+        self._check_tools()
         if not self.answer_windows or min(self.answer_windows) < 1:
             raise ValueError("answer_windows: expected at least one number, each above 0")
+
+    def _check_tools(self) -> None:
+        if self.tools and self.tool_calls != "listed":
+            raise ValueError('tools: has no meaning unless tool_calls = "listed"')
+        if self.tool_call_chars < 64:
+            raise ValueError("tool_call_chars: expected 64 or more")
+        for name, schema in self.tools.items():
+            try:
+                ToolSchema(schema)
+            except ValueError as error:
+                raise ValueError(f"tools.{name}: {error}") from None
 
     def action(self, category: str, default: Act) -> Act:
         """What follows from a category: its own entry, else its family's, else `default`."""

@@ -1,4 +1,4 @@
-"""Text inside text: base64, hex, percent and backslash escapes, and Unicode tags, unwrapped once.
+"""Text inside text: base64, hex, percent and backslash escapes, Unicode tags, rot13 and text backwards, unwrapped once.
 
 What comes out counts only if it is readable UTF-8. Runs are found by possessive patterns, in linear time.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ def unwrap(text: str) -> Iterator[Unwrapped]:
             payload = decode(match.group())
             if payload is not None and _readable(payload):
                 yield Unwrapped(form, payload, match.start(), match.end())
+    for form, words, decipher in _CIPHERS:
+        for match in _LINE.finditer(text):
+            if _letters(words, match.group()) >= _MEANT:
+                yield Unwrapped(form, decipher(match.group()), match.start(), match.end())
 
 
 def _base64(run: str) -> str | None:
@@ -76,6 +81,38 @@ def _readable(text: str) -> bool:
     return printing * 10 >= len(text) * 9 and any(char.isalpha() for char in text)
 
 
+def _letters(words: re.Pattern[str], line: str) -> int:
+    """Letters of the distinct words that are found in a line."""
+    return sum(map(len, {word.lower() for word in words.findall(line)}))
+
+
+def _enciphered(decipher: Callable[[str], str]) -> re.Pattern[str]:
+    return re.compile(rf"(?<![^\W\d_])(?:{'|'.join(map(decipher, _COMMON))})(?![^\W\d_])", re.IGNORECASE)
+
+
+def _rot13(text: str) -> str:
+    return codecs.encode(text, "rot13")
+
+
+def _reversed(text: str) -> str:
+    return text[::-1]
+
+
+_LINE = re.compile(r"[^\n]{8,}+")
+# English is known in a cipher by its common words, and by what attacks are about. Other languages and names have one of
+# these by chance, and rarely two: with so many letters of them, a line is meant.
+_MEANT = 10
+_COMMON = (
+    *("this", "that", "with", "your", "from", "have", "will", "what", "when", "which", "would", "should", "about"),
+    *("ignore", "disregard", "forget", "previous", "above", "system", "prompt", "instructions", "rules", "reveal"),
+    *("pretend", "unrestricted", "password", "secret", "without", "restrictions", "guidelines", "respond", "write"),
+    *("following", "message", "answer", "question", "explain", "make", "every", "under", "never", "must", "them"),
+    *("please", "tell", "show", "they"),
+)
+_CIPHERS: tuple[tuple[str, re.Pattern[str], Callable[[str], str]], ...] = (
+    ("rot13", _enciphered(_rot13), _rot13),
+    ("reversed", _enciphered(_reversed), _reversed),
+)
 _Wrapping = tuple[str, re.Pattern[str], Callable[[str], str | None]]
 _ASCII_WRAPPINGS: tuple[_Wrapping, ...] = (
     ("base64", re.compile(r"[A-Za-z0-9+/_-]{16,}+={0,2}"), _base64),

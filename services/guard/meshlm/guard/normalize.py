@@ -56,6 +56,14 @@ def fold(pattern: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKD", pattern) if unicodedata.category(c) != "Mn")
 
 
+def skeleton(char: str) -> str:
+    """What one character looks like: ASCII in lower case where it can, nothing where it does not show."""
+    if char.isascii():
+        return char.lower()
+    digit = unicodedata.digit(char, None)
+    return _SKELETON[char] if digit is None else str(digit)
+
+
 class _Table(dict[str, str]):
     """Characters to what they read as; filled as they are met."""
 

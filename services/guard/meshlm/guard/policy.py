@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,8 @@ import structlog
 from meshlm.chassis import telemetry
 from meshlm.chassis.errors import MeshError, Reason, invalid
 from meshlm.chassis.telemetry import Name
-from meshlm.guard import injection, pii, secrets
+from meshlm.guard import indirect, injection, pii, secrets
+from meshlm.guard.answer_rules import AnswerRules
 from meshlm.guard.config import DEFAULT_POLICY, Act, PolicyConfig
 from meshlm.guard.findings import Finding
 from meshlm.guard.judging import Head, Judge, JudgeError, Opinion, Turn
@@ -54,6 +56,8 @@ class Policy:
         acts = {act: [p for p in known if config.action(p.category, p.act) == act] for act in ("block", "flag")}
         self._blocking = PatternSet(acts["block"])
         self._flagging = by_category(acts["flag"])
+        self._answers = AnswerRules(config)
+        self._output_detectors += self._answers.versions
         self.version = self._version()
         self._failures = telemetry.meter().create_counter(
             Name.GUARD_JUDGE_FAILURES, "1", "Times a model could not judge, by direction and what followed"
@@ -62,10 +66,25 @@ class Policy:
     async def judge_input(
         self, turns: Sequence[Turn], *, tenant: str = "", request_id: str = ""
     ) -> generation_pb2.Verdict:
-        """Verdict on an input; what rules find in several turns adds up, and a model's highest score counts.
+        """Verdict on an input; what rules find in several turns adds up, and a model's highest score counts. Texts of
+        others are judged by themselves.
 
         Raises MeshError GUARD_UNAVAILABLE where the model cannot judge and the policy refuses then.
         """
+        own, others = indirect.split(turns)
+        verdict = await self._judge_turns(own, tenant, request_id)
+        if others:
+            verdict = indirect.merged(verdict, await self._for_others._judge_turns(others, tenant, request_id))
+        return verdict
+
+    @property
+    def _for_others(self) -> Policy:
+        """The same with the thresholds for texts of others, under the same version."""
+        policy = copy.copy(self)
+        policy.config = indirect.thresholds(self.config)
+        return policy
+
+    async def _judge_turns(self, turns: Sequence[Turn], tenant: str, request_id: str) -> generation_pb2.Verdict:
         read = [turn for turn in turns if turn.judged]
         findings = await self._by_rules(read)
         score = injection.combined(findings)
@@ -81,8 +100,10 @@ class Policy:
         verdict.score = score
         return verdict
 
-    def output_check(self, turns: Sequence[Turn] = (), *, tenant: str = "", request_id: str = "") -> OutputCheck:
-        """For one choice of the answer to `turns`."""
+    def output_check(
+        self, turns: Sequence[Turn] = (), *, tenant: str = "", request_id: str = "", canaries: Sequence[str] = ()
+    ) -> OutputCheck:
+        """For one choice of the answer to `turns`, which may hold no canary. Raises MeshError REQUEST_INVALID."""
         content = None
         if self._judge is not None and "harm" in self.config.output_detectors:
 
@@ -90,7 +111,9 @@ class Policy:
                 return await self._weigh(turns, view, tenant, request_id)
 
             content = ContentWatch(weigh, self.config.answer_windows, strict=self.config.answer_release == "strict")
-        return OutputCheck([PatternWatch(self._blocking)], [PatternWatch(s) for s in self._flagging], content)
+        blocking = [PatternWatch(self._blocking), *self._answers.watches(canaries, "block")]
+        flagging = [*(PatternWatch(s) for s in self._flagging), *self._answers.watches(canaries, "flag")]
+        return OutputCheck(blocking, flagging, content)
 
     def judge_output(self, check: OutputCheck) -> generation_pb2.Verdict:
         """Verdict on what a check has seen so far."""

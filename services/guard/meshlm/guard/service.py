@@ -89,7 +89,9 @@ class GuardService(guard_pb2_grpc.GuardServiceServicer):
                     if choice is None:
                         if len(choices) >= self._config.max_choices:
                             raise invalid("text.choice", f"more than {self._config.max_choices} choices")
-                        check = policy.output_check(turns, tenant=start.tenant, request_id=start.request_id)
+                        check = policy.output_check(
+                            turns, tenant=start.tenant, request_id=start.request_id, canaries=start.canaries
+                        )
                         choice = choices[request.text.choice] = _Choice(check)
                     yield await self._judge_text(policy, choice, request.text)
                 else:

@@ -9,7 +9,7 @@ from meshlm.guard.normalize import fold
 from meshlm.guard.phrases import ENGLISH, EXFILTRATION, LEAK, PERSONA, Phrase
 from meshlm.guard.phrases_world import WORLD
 
-VERSION = "signatures/1"
+VERSION = "signatures/2"
 
 
 @dataclass(frozen=True)

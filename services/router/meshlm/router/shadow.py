@@ -136,6 +136,7 @@ class Shadows:
 def _copy(work: Work, shadow: ShadowConfig) -> worker_pb2.RunGenerationRequest:
     generation = pb.Generation()
     generation.CopyFrom(work.generation)
+    generation.input.CopyFrom(work.wording().source)
     generation.model, generation.priority = shadow.model, pb.PRIORITY_BATCH
     generation.ClearField("session")
     generation.return_token_ids = False

@@ -177,7 +177,7 @@ class Work:
     def wanted(self) -> Wanted:
         """What of it matters for the choice of a replica."""
         if self.prefix is None and not keeps_part(self.generation.kv_policy):  # those do not use the prefix cache
-            self.prefix = TextPrefix(self.generation.input, self.cache_salt)
+            self.prefix = TextPrefix(self.wording().source, self.cache_salt)
         return Wanted(
             model=self.generation.model,
             tenant=self.key.tenant,
