@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from typing import Any
 
@@ -12,21 +11,14 @@ from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.prefixes import TextPrefix
 from meshlm.router.choosing import Wanted
 from meshlm.router.fleet import Choice, Fleet
-from meshlm.router.replica_config import ReplicaConfig
 from meshlm.router.residency import Regions
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
 from meshlm.worker.front.text_prefixes import TextPrefixes
+from tests.router.fleets import Clock, fleet, state
 
 SALT = b"salt"
 TEXT = "The house rules, which every prompt of this caller begins with. " * 60
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -34,25 +26,6 @@ async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("meshlm.router.fleet.time.monotonic", clock)
     return clock
-
-
-def fleet(clock: Clock, *states: dict[str, Any], **config: Any) -> Fleet:
-    """Replicas `0`, `1`, ... that said so of themselves; they are no news unless slow_start_seconds is given."""
-    made = Fleet(
-        [f"unix:/nowhere/{number}" for number in range(len(states))],
-        ReplicaConfig(**{"slow_start_seconds": 0.0, **config}),
-    )
-    made._chance = random.Random(3)
-    for number, (replica, fields) in enumerate(zip(made.replicas, states, strict=True)):
-        replica.clock = clock
-        replica.hear(state(number, **fields))
-    return made
-
-
-def state(number: int, **fields: Any) -> worker_pb2.WatchLoadResponse:
-    model = worker_pb2.WorkerModel(name="m", revision=fields.pop("revision", "r1"))
-    usual = {"ready": True, "free_blocks": 1000, "total_blocks": 1000, "block_size": 16, "step_seconds": 0.02}
-    return worker_pb2.WatchLoadResponse(replica=str(number), model=model, **{**usual, **fields})
 
 
 def digest(text: str) -> bytes:
@@ -265,3 +238,16 @@ async def test_the_pace_of_prefill_is_learnt_from_answers(clock: Clock) -> None:
         attempt.note(worker_pb2.RunGenerationResponse(end=end, usage=usage))
         attempt.end()
     assert replica.prefill_seconds == pytest.approx(2.0 / 400, rel=0.01)
+
+
+async def test_what_ended_since_a_worker_last_told_is_no_load_any_more(clock: Clock) -> None:
+    made = fleet(clock, {}, {})
+    attempt = made.replicas[0].begin(None, 900)
+    clock.now += 0.02
+    made.replicas[0].hear(state(0, running=1, pending_prefill_tokens=900))
+    clock.now += 0.02
+    usage = pb.Usage(prompt_tokens=900, completion_tokens=1)
+    attempt.note(worker_pb2.RunGenerationResponse(chunk=pb.Chunk(token_count=1), usage=usage))
+    attempt.end()
+    assert made.replicas[0].load == 0
+    assert firsts(made, wanted("hi"))["0"] > 100  # as good as the other one

@@ -167,7 +167,9 @@ class Candidate(google.protobuf.message.Message):
     weight: builtins.float
     """Share of what it would get that it gets, while it is new. Range (0, 1]."""
     excluded: builtins.str
-    """Why it was not considered: `unheard`, `not_ready`, `draining`, `region`, `ejected`, `other_revision`; empty if it was."""
+    """Why it was not considered: `unheard`, `not_ready`, `draining`, `region`, `ejected`, `full`, `other_revision`. Empty if
+    it was.
+    """
     def __init__(
         self,
         *,

@@ -74,6 +74,12 @@ class Name:
     REPLICA_EJECTIONS = "meshlm.replica.ejections"
     SHADOW_REQUESTS = "meshlm.shadow.requests"
     SHADOW_TOKENS = "meshlm.shadow.tokens"
+    PRIORITY = "meshlm.priority"
+    OVERLOAD_QUEUED = "meshlm.overload.queued"
+    OVERLOAD_WAIT = "meshlm.overload.wait"
+    OVERLOAD_PREDICTED = "meshlm.overload.predicted_wait_seconds"
+    OVERLOAD_SHED = "meshlm.overload.shed"
+    OVERLOAD_LIMIT = "meshlm.overload.limit"
     CACHE_OUTCOME = "meshlm.cache.outcome"
     GUARD_ACTION = "meshlm.guard.action"
     GUARD_CATEGORIES = "meshlm.guard.categories"
@@ -149,6 +155,7 @@ _BUCKETS: Mapping[str, Sequence[float]] = {
     Name.GUARD_DURATION: _CALLS,
     Name.GUARD_MODEL_DURATION: _CALLS,
     Name.CACHE_DURATION: _CALLS,
+    Name.OVERLOAD_WAIT: GENAI_DURATION,
     Name.SERVER_DURATION: GENAI_DURATION,
     Name.SERVER_TTFT: GENAI_TTFT,
     Name.SERVER_TPOT: GENAI_TPOT,

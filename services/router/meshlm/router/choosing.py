@@ -51,7 +51,7 @@ class Exclusion:
     """A replica that cannot."""
 
     replica: Replica
-    reason: str  # unheard, not_ready, draining, region, ejected or other_revision
+    reason: str  # unheard, not_ready, draining, region, ejected, full or other_revision
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,13 @@ class Choice:
         return next((c.cached for c in self.candidates if c.replica is replica), 0)
 
 
-def sort_out(replicas: Iterable[Replica], wanted: Wanted, now: float) -> tuple[list[Replica], list[Exclusion]]:
-    """The model's replicas that can take a request, and why the others cannot."""
+def sort_out(
+    replicas: Iterable[Replica], wanted: Wanted, now: float, share: float | None = None
+) -> tuple[list[Replica], list[Exclusion]]:
+    """The model's replicas that can take a request, and why the others cannot.
+
+    `share`: of a worker's places that may be used; None: room does not matter.
+    """
     able, excluded = [], []
     for replica in replicas:
         state = replica.state
@@ -87,6 +92,8 @@ def sort_out(replicas: Iterable[Replica], wanted: Wanted, now: float) -> tuple[l
             excluded.append(Exclusion(replica, "not_ready"))
         elif replica.health.is_ejected(now):
             excluded.append(Exclusion(replica, "ejected"))
+        elif share is not None and not replica.has_room(share):
+            excluded.append(Exclusion(replica, "full"))
         else:
             able.append(replica)
     return able, excluded

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
+from meshlm.router.overload_config import OverloadConfig
 from meshlm.router.replica_config import ReplicaConfig
 from meshlm.router.risk_config import BreakerConfig, EntropyConfig, RiskConfig
 from meshlm.router.route_config import RouteConfig, check_callers, check_names
@@ -166,6 +167,8 @@ class RouterConfig:
     routes: dict[str, RouteConfig] = field(default_factory=dict)
     # How a replica is chosen among those of a model.
     replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
+    # What happens when there is more work than the workers can do.
+    overload: OverloadConfig = field(default_factory=OverloadConfig)
     # Most tokens of an answer whose request sets no limit.
     default_max_tokens: int = 512
     # Largest input, bytes of UTF-8; no more than the guard takes (guard.max_input_chars).

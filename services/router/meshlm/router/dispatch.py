@@ -18,6 +18,7 @@ from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.chassis.telemetry import Name, fail, tracer
 from meshlm.router.fleet import Fleet
+from meshlm.router.overload import Overload, urgency_of
 from meshlm.router.replica import Attempt, Replica
 from meshlm.router.retries import RetryBudget
 from meshlm.router.wording import Wording
@@ -108,21 +109,30 @@ def _lost() -> MeshError:
 class Dispatcher:
     """Gives requests to replicas, within the router's budget for retries."""
 
-    def __init__(self, fleet: Fleet, retries: RetryBudget) -> None:
+    def __init__(self, fleet: Fleet, retries: RetryBudget, overload: Overload) -> None:
         self._fleet = fleet
+        self._overload = overload
         self.retries = retries
 
     async def first(self, work: Work) -> WorkerCall:
-        """Give the request to the best replica; if that one cannot take it, to the next.
+        """Give the request to the best replica, once it has room; if that one cannot take it, to the next.
 
-        Sets `work.choice`, `work.replica`, the prompt's usage and the answer's limit. Raises MeshError: the last
-        replica's.
+        Sets `work.choice`, `work.replica`, the prompt's usage and the answer's limit. Raises MeshError: OVERLOADED
+        where no replica has room in time, or the last replica's.
         """
         self.retries.note_request()
-        work.choice = self._fleet.choose(work.wanted)  # anew: loads have moved while the cache was asked
-        if work.revision not in ("", work.choice.revision):
-            raise MeshError(Reason.NO_REPLICA, "no replica has the weights that this stream began with")
-        call = await self.offer(work, work.choice.replicas, request_of(work))
+        wanted, urgency = work.wanted, urgency_of(work.generation.priority)
+        place = await self._overload.enter(
+            wanted, urgency, lambda: self._fleet.take(wanted, urgency.share), work.seconds_left()
+        )
+        work.choice, attempt = place  # anew: loads have moved while the cache was asked
+        try:
+            if work.revision not in ("", work.choice.revision):
+                raise MeshError(Reason.NO_REPLICA, "no replica has the weights that this stream began with")
+            call = await self.offer(work, work.choice.replicas, request_of(work), attempt=attempt)
+        except BaseException:
+            attempt.end()  # where it was not even sent
+            raise
         work.note_replica(call.replica)
         work.usage = call.usage
         work.completion_limit = call.limit
@@ -141,9 +151,16 @@ class Dispatcher:
         return sorted(choice.replicas, key=lambda replica: replica in lost)
 
     async def offer(
-        self, work: Work, replicas: Sequence[Replica], request: worker_pb2.RunGenerationRequest, *, free: bool = False
+        self,
+        work: Work,
+        replicas: Sequence[Replica],
+        request: worker_pb2.RunGenerationRequest,
+        *,
+        attempt: Attempt | None = None,
+        free: bool = False,
     ) -> WorkerCall:
-        """The first of these replicas that takes it. `free`: however many must be tried, the budget is not asked.
+        """The first of these replicas that takes it. `attempt`: the place that it has at the first. `free`: however
+        many must be tried, the budget is not asked.
 
         Raises MeshError: the last replica's.
         """
@@ -152,7 +169,7 @@ class Dispatcher:
             if number and not free and not self.retries.take("refused"):
                 break
             try:
-                return await _offer(work, replica, request)
+                return await _offer(work, replica, request, attempt if number == 0 else None)
             except MeshError as error:
                 if error.reason not in ELSEWHERE:
                     raise
@@ -191,7 +208,9 @@ def again(work: Work, made: Sequence[int], offset: int) -> worker_pb2.RunGenerat
     return request
 
 
-async def _offer(work: Work, replica: Replica, request: worker_pb2.RunGenerationRequest) -> WorkerCall:
+async def _offer(
+    work: Work, replica: Replica, request: worker_pb2.RunGenerationRequest, attempt: Attempt | None
+) -> WorkerCall:
     assert work.choice is not None  # noqa: S101
     attributes = {
         Name.RPC_SYSTEM: "grpc",
@@ -202,7 +221,7 @@ async def _offer(work: Work, replica: Replica, request: worker_pb2.RunGeneration
     span = tracer().start_span(f"{_SERVICE}/RunGeneration", kind=SpanKind.CLIENT, attributes=attributes)
     with trace.use_span(span, end_on_exit=False):
         call = replica.stub.RunGeneration(request, timeout=work.seconds_left(), metadata=outgoing_metadata())
-    attempt = replica.begin(work.prefix, max(0, work.measure.tokens - work.choice.cached(replica)))
+    attempt = attempt or replica.begin(work.prefix, max(0, work.measure.tokens - work.choice.cached(replica)))
     taken, reason = False, None
     try:
         first = await call.read()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grpc
@@ -16,7 +16,8 @@ from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.telemetry import Name, meter
 from meshlm.router.choosing import Candidate, Choice, Exclusion, Wanted, pick, sort_out, weigh
 from meshlm.router.health import fault, may_eject
-from meshlm.router.replica import Replica
+from meshlm.router.overload_config import OverloadConfig
+from meshlm.router.replica import Attempt, Replica
 from meshlm.router.replica_config import ReplicaConfig
 from meshlm.router.residency import ANYWHERE, Regions
 from meshlm.v1 import worker_pb2
@@ -37,15 +38,24 @@ class Fleet:
         self,
         targets: Iterable[str],
         config: ReplicaConfig = ReplicaConfig(),  # noqa: B008  it is frozen
+        overload: OverloadConfig = OverloadConfig(),  # noqa: B008
         *,
         silence_seconds: float = _SILENCE_SECONDS,
     ) -> None:
-        self.replicas = [Replica(target) for target in targets]
+        self.replicas = [Replica(target, overload) for target in targets]
         self._config = config
         self._silence_seconds = silence_seconds
         self._watches: list[asyncio.Task[None]] = []
+        self._on_news: Callable[[], None] = lambda: None
         self._chance = random.Random()  # noqa: S311  where a request goes is no secret
+        self._limits = meter().create_gauge(Name.OVERLOAD_LIMIT, "{request}", "This router's places at a worker")
         self._ejections = meter().create_counter(Name.REPLICA_EJECTIONS, "{ejection}", "Replicas left out as outliers")
+
+    def listen(self, on_end: Callable[[str], None], on_news: Callable[[], None]) -> None:
+        """Tell whoever waits for room: of a place that came free, with its model, and of what a worker told."""
+        self._on_news = on_news
+        for replica in self.replicas:
+            replica.on_end = lambda replica=replica: on_end(replica.state.model.name if replica.state else "")
 
     def start(self) -> None:
         self._watches = [asyncio.create_task(self._watch(replica)) for replica in self.replicas]
@@ -77,18 +87,37 @@ class Fleet:
         return any(state.model.name == model and regions.allow(state.region) for state in states)
 
     def choose(self, wanted: Wanted) -> Choice:
-        """The replicas that can take a request, in the order in which to try them.
+        """The replicas that can take a request, in the order in which to try them, whether they have room or not.
 
         Raises MeshError NO_REPLICA, or NO_REPLICA_IN_REGION where only other regions have one.
         """
+        choice = self._choose(wanted, None)
+        assert choice is not None  # noqa: S101  room was not asked for
+        return choice
+
+    def take(self, wanted: Wanted, share: float) -> tuple[Choice, Attempt] | None:
+        """A place at the best replica with room, where a request may use `share` of its places; None where all are
+        full. The attempt counts from now on, and must be ended. Raises as `choose`."""
+        choice = self._choose(wanted, share)
+        if choice is None:
+            return None
+        first = choice.replicas[0]
+        return choice, first.begin(wanted.prefix, max(0, wanted.tokens - choice.cached(first)))
+
+    def _choose(self, wanted: Wanted, share: float | None) -> Choice | None:
+        """None where all that could take it are full. Raises as `choose`."""
         now = time.monotonic()
         self._eject(wanted.model, now)
-        able, excluded = sort_out(self.replicas, wanted, now)
+        able, excluded = sort_out(self.replicas, wanted, now, share)
         reason = ""
+        if not able and any(e.reason == "full" for e in excluded):
+            return None
         if not able:
             # Rather one that failed than none: what ejected it may be over, or may have been the network's fault.
             able = [e.replica for e in excluded if e.reason == "ejected"]
-            excluded = [e for e in excluded if e.reason != "ejected"]
+            if able and share is not None and not (able := [r for r in able if r.has_room(share)]):
+                return None
+            excluded = [e for e in excluded if e.replica not in able]
             reason = "last_resort"
         if not able:
             raise _nobody(wanted, excluded)
@@ -128,12 +157,15 @@ class Fleet:
                     if replica.state is None:
                         log.info("worker heard", target=replica.target, replica=state.replica, model=state.model.name)
                     replica.hear(state)
+                    self._limits.set(replica.limit.value, {Name.REPLICA: replica.name})
+                    self._on_news()
             except (grpc.RpcError, TimeoutError) as error:
                 if replica.state is not None:
                     code = error.code().name if isinstance(error, grpc.RpcError) else "SILENT"
                     log.warning("worker lost", target=replica.target, code=code)
             finally:
                 replica.lose()
+                self._on_news()
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _next(self, call: Any) -> Any:

@@ -58,7 +58,7 @@ class Health:
     def note_token(self, seconds: float) -> None:
         self.each.note(seconds)
 
-    def note_end(self, reason: Reason | None, *, began: bool, now: float) -> None:
+    def note_end(self, reason: Reason | None, *, began: bool) -> None:
         """`began`: whether a token came. One that ended without failure and without a token says nothing."""
         failed = reason in FAILURES
         if failed or began:

@@ -36,7 +36,7 @@ class RouterService:
     def __init__(self, config: RouterConfig, state: StateConfig) -> None:
         self._config = config
         self._redis = connect(state) if state.redis_url else None
-        self._fleet = Fleet(config.workers, config.replicas)
+        self._fleet = Fleet(config.workers, config.replicas, config.overload)
         self._answers = Answers(config)
         self._guards = Guards(config)
         ledger = Ledger(self._redis, config)

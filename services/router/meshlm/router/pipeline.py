@@ -23,6 +23,7 @@ from meshlm.router.guarding import Guards
 from meshlm.router.hedging import Hedges
 from meshlm.router.ledger import Ledger
 from meshlm.router.limits import Kind, LimitBook
+from meshlm.router.overload import Overload
 from meshlm.router.record import Recorder
 from meshlm.router.residency import Residency
 from meshlm.router.retries import RetryBudget
@@ -67,7 +68,9 @@ class Pipeline:
         self._recorder = Recorder()
         self._shadows = Shadows(config, fleet)
         retries = RetryBudget(config.streams.retry_share, config.streams.retries_per_second)
-        self._dispatcher = Dispatcher(fleet, retries)
+        overload = Overload(config.overload)
+        fleet.listen(overload.note_end, overload.wake)
+        self._dispatcher = Dispatcher(fleet, retries, overload)
         self._settling: set[asyncio.Task[None]] = set()
 
     async def run(self, work: Work) -> AsyncGenerator[Response, None]:

@@ -9,7 +9,9 @@ from typing import Any
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import Reason
 from meshlm.chassis.prefixes import CHUNK_BYTES, TextPrefix, contains
-from meshlm.router.health import Health
+from meshlm.router.concurrency import ConcurrencyLimit
+from meshlm.router.health import FIRST_TOKENS, Health
+from meshlm.router.overload_config import OverloadConfig
 from meshlm.v1 import worker_pb2, worker_pb2_grpc
 
 _SERVICE = "meshlm.v1.WorkerService"
@@ -37,6 +39,7 @@ class Attempt:
         self.tokens = tokens  # of the prompt, those that it had to compute as far as the router knew
         self.begun = begun
         self.first: float | None = None  # when the first token came
+        self.last = begun  # when the last message came
         self.told = False  # whether the replica's pushes count it
         self._ended = False
         self._message: worker_pb2.RunGenerationResponse | None = None
@@ -44,8 +47,9 @@ class Attempt:
     def note(self, message: worker_pb2.RunGenerationResponse) -> None:
         """A message of the worker, in the order in which they come."""
         self._message = message
+        self.last = self.replica.clock()
         if self.first is None and message.HasField("chunk"):
-            self.first = self.replica.clock()
+            self.first = self.last
             self.replica.learn_first(self, message)
 
     def end(self, reason: Reason | None = None) -> None:
@@ -59,9 +63,16 @@ class Attempt:
 class Replica:
     """A channel to a worker, and what is known of it."""
 
-    def __init__(self, target: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        target: str,
+        overload: OverloadConfig = OverloadConfig(),  # noqa: B008  it is frozen
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.target = target
         self.clock = clock
+        self.limit = ConcurrencyLimit(overload, lambda: self.clock())
+        self.on_end: Callable[[], None] | None = None  # told when one of its places comes free
         self.channel = open_channel(target, retryable=[(_SERVICE, "CountInputTokens")])
         self.stub: Any = worker_pb2_grpc.WorkerServiceStub(self.channel)
         self.state: worker_pb2.WatchLoadResponse | None = None  # None while it cannot be heard
@@ -69,6 +80,10 @@ class Replica:
         self.ready_since = 0.0
         self.prefill_seconds = 1 / _TOKENS_PER_SECOND  # for a prompt token; measured once there are answers
         self._attempts: set[Attempt] = set()
+        # What this router saw end since the worker last told: its figures still count that.
+        self._ended = 0  # requests
+        self._computed = 0  # prompt tokens
+        self._heard = 0.0
         self._promised: dict[bytes, float] = {}  # when each ends
 
     @property
@@ -84,6 +99,13 @@ class Replica:
         """This router's own requests at it."""
         return len(self._attempts)
 
+    def has_room(self, share: float) -> bool:
+        """Whether one more request may go there, if only `share` of its limit may be used; at least one place is for
+        everybody."""
+        state = self.state
+        queue_full = state is not None and 0 < state.waiting_limit <= state.waiting
+        return not queue_full and self.in_flight < max(1, int(share * self.limit.value))
+
     def hear(self, state: worker_pb2.WatchLoadResponse) -> None:
         was_usable, self.state = self.usable, state
         now = self.clock()
@@ -91,6 +113,7 @@ class Replica:
             self.ready_since = now
         for attempt in self._attempts:
             attempt.told = attempt.told or attempt.begun < now - _ON_ITS_WAY
+        self._heard, self._ended, self._computed = now, 0, 0
 
     def lose(self) -> None:
         self.state = None
@@ -101,7 +124,7 @@ class Replica:
         now = self.clock()
         attempt = Attempt(self, tokens, now)
         self._attempts.add(attempt)
-        if prefix is not None and self.state is not None and self.state.text_digest:
+        if prefix is not None:
             if len(self._promised) > _PROMISES:
                 self._promised = {text: ends for text, ends in self._promised.items() if ends > now}
             self._promised.update(dict.fromkeys(prefix.hashes(_PROMISED_CHUNKS), now + _PROMISE))
@@ -110,7 +133,7 @@ class Replica:
     def cached_share(self, prefix: TextPrefix) -> float:
         """What share of a prompt its prefix cache holds, as far as its digest tells. Range [0, 1]."""
         state = self.state
-        if state is None or not state.text_digest or not prefix.chunks:
+        if state is None or not prefix.chunks:
             return 0.0
         found, now = 0, self.clock()
         for text_hash in prefix.hashes():
@@ -123,14 +146,16 @@ class Replica:
     def load(self) -> int:
         """Sequences in its hands, as it last told, and those sent since."""
         assert self.state is not None  # noqa: S101  only usable replicas are compared
-        return self.state.running + self.state.waiting + sum(not attempt.told for attempt in self._attempts)
+        told = max(0, self.state.running + self.state.waiting - self._ended)
+        return told + sum(not attempt.told for attempt in self._attempts)
 
     def seconds_to_first_token(self, tokens: int) -> float:
         """Predicted for a prompt of which `tokens` are to be computed: those queued before it, its own, and a step for
         each sequence in its hands; what does not fit into the free blocks is paid twice, for others are preempted."""
         state = self.state
         assert state is not None  # noqa: S101
-        pending = state.pending_prefill_tokens + sum(a.tokens for a in self._attempts if not a.told)
+        pending = max(0, state.pending_prefill_tokens - self._computed)
+        pending += sum(a.tokens for a in self._attempts if not a.told and a.first is None)
         short = max(0, tokens - state.free_blocks * state.block_size) if state.block_size else 0
         step = max(state.step_seconds, _STEP)
         return (pending + tokens + short) * self.prefill_seconds + (1 + self.load) * step
@@ -138,20 +163,41 @@ class Replica:
     def learn_first(self, attempt: Attempt, message: worker_pb2.RunGenerationResponse) -> None:
         """The first token came."""
         assert attempt.first is not None  # noqa: S101
+        self._forget_tokens(attempt)
         fresh = message.usage.prompt_tokens - message.usage.cached_prompt_tokens
-        self.health.note_first(attempt.first - attempt.begun, fresh)
+        seconds = attempt.first - attempt.begun
+        self.health.note_first(seconds, fresh)
+        self.limit.note_first(seconds / (FIRST_TOKENS + max(0, fresh)))
 
     def learn_end(
         self, attempt: Attempt, message: worker_pb2.RunGenerationResponse | None, reason: Reason | None
     ) -> None:
         """A request is over."""
+        in_flight = self.in_flight
+        if attempt.begun < self._heard:
+            self._ended += 1
+        if attempt.first is None:
+            self._forget_tokens(attempt)
         self._attempts.discard(attempt)
-        self.health.note_end(reason, began=attempt.first is not None, now=self.clock())
-        if message is None or attempt.first is None:
-            return
+        self.health.note_end(reason, began=attempt.first is not None)
+        if reason is Reason.OVERLOADED:
+            self.limit.drop(in_flight - 1)
+        elif message is not None and attempt.first is not None:
+            self._learn_pace(attempt, attempt.first, message)
+            self.limit.note_end(in_flight, queued=self.state is not None and self.state.waiting > 0)
+        if self.on_end is not None:
+            self.on_end()
+
+    def _forget_tokens(self, attempt: Attempt) -> None:
+        if attempt.begun < self._heard:
+            self._computed += attempt.tokens
+
+    def _learn_pace(self, attempt: Attempt, first: float, message: worker_pb2.RunGenerationResponse) -> None:
         tokens = message.usage.completion_tokens
-        if tokens > 1:
-            self.health.note_token((self.clock() - attempt.first) / (tokens - 1))
+        if tokens > 1 and attempt.last > first:
+            seconds = (attempt.last - first) / (tokens - 1)
+            self.health.note_token(seconds)
+            self.limit.note_each(seconds)
         fresh = message.usage.prompt_tokens - message.usage.cached_prompt_tokens
         if message.HasField("end") and message.end.timing.prefill > 0 and fresh >= _TELLING_TOKENS:
             measured = message.end.timing.prefill / fresh
