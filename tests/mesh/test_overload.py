@@ -125,10 +125,10 @@ async def test_an_eu_tenant_reaches_no_us_worker_even_when_the_eu_one_dies() -> 
             start = await start_of(rig, f"n {number}")
             assert (start.routing.replica, start.routing.region) == ("eu", "eu-west-1")
         steps = (await rig.load("us")).counters.steps
-        rig.engine("eu").suspend()
-        rig.engine("eu").kill()
-        with pytest.raises(MeshError) as caught:
-            while True:
-                await rig.text("hello", max_tokens=3)
-        assert caught.value.reason in (Reason.NO_REPLICA_IN_REGION, Reason.ENGINE_LOST)
+        rig.kill("eu")  # the launcher starts it again, but not within a few requests
+        reasons = Counter[str]()
+        while Reason.NO_REPLICA_IN_REGION not in reasons:
+            with pytest.raises(MeshError) as caught:
+                await rig.text("hello", max_tokens=3, cache="bypass")
+            reasons[caught.value.reason] += 1
         assert (await rig.load("us")).counters.steps == steps == 0
