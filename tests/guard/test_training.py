@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +14,30 @@ import pytest
 from guard_training import CANDIDATE, examples
 
 from meshlm.guard import artefact
+from meshlm.guard import train as train_module
 from meshlm.guard.artefact import Artefact
 from meshlm.guard.embedded import EmbeddedModel
 from meshlm.guard.ngrams import Layout
 from meshlm.guard.train import train
-from meshlm.guard.training import contrast, measures, packages, rows
-from meshlm.guard.training.duplicates import without_duplicates
+from meshlm.guard.training import benchmarks, contrast, measures, packages, payloads, rows
+from meshlm.guard.training.duplicates import Sieve, without_duplicates
 from meshlm.guard.training.examples import Example
 from meshlm.guard.training.fit import logistic, matrix, platt
 from meshlm.guard.training.packages import DataError, Package
 from meshlm.guard.windows import WINDOW
+
+SEEDS = "spikee/data/workspace/datasets"
+FRAMED = ("seeds-cybersec-2026-01", "seeds-sysmsg-extraction-2025-04", "seeds-llm-mailbox", "seeds-investment-advice")
+HARMFUL = "seeds-harmful-instructions-only"
+
+
+def wheel_of(files: Mapping[str, Sequence[object]]) -> zipfile.ZipFile:
+    """A package with files of one JSON value a line."""
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as wheel:
+        for name, rows in files.items():
+            wheel.writestr(name, "\n".join(map(json.dumps, rows)))
+    return zipfile.ZipFile(held)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +123,70 @@ def test_what_a_test_row_resembles_leaves_the_training_rows() -> None:
     kept, sieve = without_duplicates(given)
     assert [example.source for example in kept] == ["e", "d"]
     assert (sieve.exact, sieve.near) == (2, 1)
+
+
+def test_what_resembles_a_benchmark_is_in_no_split() -> None:
+    barred = Sieve()
+    barred.fresh("Describe in detail how the moon could be stolen by a gang of amateur magicians.")
+    given = [
+        Example(
+            "DESCRIBE in detail how the moon could be stolen by a gang of amateur magicians", "a", "test", harm=True
+        ),
+        Example(
+            "Describe in detail how the moon can be stolen by a gang of amateur magicians.", "b", "train", harm=True
+        ),
+        Example("Describe how bread is baked.", "c", "train", harm=False),
+    ]
+    kept, sieve = without_duplicates(given, barred)
+    assert [example.source for example in kept] == ["c"]
+    assert (sieve.barred, sieve.exact, sieve.near) == (2, 0, 0)
+
+
+def test_the_trainer_bars_benchmarks_and_its_card_says_how_many_rows_that_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = Example("throttle the bailiff with a rope of wet straw at dawn", "copy", "train", harm=True)
+    barred = Sieve()
+    barred.fresh(benchmark.text)
+    monkeypatch.setattr(train_module, "examples", lambda: [*examples(), benchmark])
+    monkeypatch.setattr(train_module, "CANDIDATES", (CANDIDATE,))
+    monkeypatch.setattr(train_module.train, "__defaults__", ((CANDIDATE,), None))
+    monkeypatch.setattr(benchmarks, "sieve", lambda: barred)
+    assert train_module.main(["--out", str(tmp_path / "made.npz")]) == 0
+    card = artefact.load(tmp_path / "made.npz").card
+    assert card["data"]["like_benchmarks"] == 1
+    assert "copy" not in card["data"]["sources"]
+
+
+def test_frames_are_filled_and_each_is_in_one_split() -> None:
+    folders = {
+        name: [{"id": f"f{n}", "text": f"{name} frame {n}: <INSTRUCTION>!"} for n in range(9)] for name in FRAMED
+    }
+    told = [{"instruction": f"order {n}", "instruction_type": "x"} for n in range(5)]
+    with wheel_of({f"{SEEDS}/{name}/jailbreaks.jsonl": rows for name, rows in folders.items()}
+                  | {f"{SEEDS}/{name}/instructions.jsonl": told for name in (*FRAMED, HARMFUL)}) as wheel:  # fmt: skip
+        found = list(payloads.framed(wheel))
+    attacks = [e for e in found if e.kind == "indirect"]
+    assert len(attacks) == 4 * len(FRAMED) * 9
+    assert not any("<INSTRUCTION>" in e.text for e in attacks)
+    splits: dict[str, set[str]] = {}
+    for example in attacks:
+        splits.setdefault(example.text.partition(":")[0], set()).add(example.split)
+    assert all(len(split) == 1 for split in splits.values())
+    assert {e.text for e in found if e.harm} == {f"order {n}" for n in range(5)}
+
+
+def test_many_answered_questions_are_an_attack_by_what_they_ask_not_by_their_form() -> None:
+    pairs = [(f"question {n}", f"answer {n}") for n in range(40)]
+    attacks, harmless = (
+        list(payloads.many_shot(pairs)),
+        list(payloads.few_shot([{"question": q, "answer": a} for q, a in pairs])),
+    )
+    assert len(attacks) == len(harmless) > 3
+    assert all(e.attack for e in attacks)
+    assert not any(e.attack or e.harm for e in harmless)
+    assert [e.text for e in attacks] == [e.text for e in harmless]
+    assert all(text.count("question") >= 6 for text in (e.text for e in attacks))
 
 
 def test_attacks_are_learned_in_the_clear_and_harmless_texts_as_they_may_be_read() -> None:

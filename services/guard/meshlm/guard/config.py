@@ -29,20 +29,20 @@ class PolicyConfig:
     # Combined score of the input from which it is refused. Range (0, 1].
     block_score: float = 0.8
     # The model's score of an attack from which an input is flagged. Range (0, 1].
-    attack_flag_score: float = 0.8
+    attack_flag_score: float = 0.7
     # The model's score of an attack from which an input is refused. Range (0, 1].
-    attack_block_score: float = 0.97
+    attack_block_score: float = 0.9
     # The model's score of harmful content from which an input is flagged. Range (0, 1].
     harm_flag_score: float = 0.8
     # The model's score of harmful content from which an input is refused. Range (0, 1].
     harm_block_score: float = 0.9
     # The model's score of harmful content from which an answer is flagged. Range (0, 1].
-    answer_flag_score: float = 0.98
+    answer_flag_score: float = 0.9
     # The model's score of harmful content from which an answer is stopped if its next window, or its end, is scored so
     # too. Range (0, 1].
-    answer_confirm_score: float = 0.99
+    answer_confirm_score: float = 0.95
     # The model's score of harmful content from which an answer is stopped at once. Range (0, 1].
-    answer_block_score: float = 0.997
+    answer_block_score: float = 0.99
     # Tokens of an answer after which the model judges it, and then again; the last repeats. A token counts as 4 bytes.
     answer_windows: tuple[int, ...] = (16, 32, 64)
     # When text goes out that the model has yet to judge: `strict`: once it has, a window later; `fast`: at once, and

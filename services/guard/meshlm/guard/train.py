@@ -18,7 +18,7 @@ from meshlm.guard.artefact import Artefact
 from meshlm.guard.embedded import EmbeddedModel
 from meshlm.guard.judging import Head
 from meshlm.guard.ngrams import Layout
-from meshlm.guard.training import heads
+from meshlm.guard.training import benchmarks, heads
 from meshlm.guard.training.duplicates import Sieve, without_duplicates
 from meshlm.guard.training.examples import CATEGORIES, Example
 from meshlm.guard.training.heads import Candidate
@@ -82,6 +82,7 @@ def _data_card(data: Sequence[Example], sieve: Sieve) -> dict[str, Any]:
         "sources": {name: dict(sorted(count.items())) for name, count in sorted(sizes.items())},
         "exact_duplicates": sieve.exact,
         "near_duplicates": sieve.near,
+        "like_benchmarks": sieve.barred,
     }
 
 
@@ -93,14 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     begun = time.monotonic()
     try:
-        kept, sieve = without_duplicates(list(examples()))
+        kept, sieve = without_duplicates(list(examples()), benchmarks.sieve())
     except DataError as error:
         sys.stderr.write(f"meshlm.guard.train: {error}\n")
         return 1
     except ModuleNotFoundError as error:
         sys.stderr.write(f"meshlm.guard.train: {error.name} is missing: install the extra `guard-train`\n")
         return 1
-    _say(f"{len(kept)} texts; {sieve.exact} exact and {sieve.near} near duplicates taken out")
+    _say(f"{len(kept)} texts; {sieve.exact} exact and {sieve.near} near duplicates taken out, and {sieve.barred} "
+         "that resemble a benchmark")  # fmt: skip
     made = train(kept, sieve=sieve)
     artefact.save(made, options.out)
     size = options.out.stat().st_size

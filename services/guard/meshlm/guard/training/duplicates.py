@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ class Sieve:
 
     exact: int = 0
     near: int = 0
+    # Texts that resemble one that must not be learned from.
+    barred: int = 0
 
     def __post_init__(self) -> None:
         self._seen: set[str] = set()
@@ -39,47 +42,77 @@ class Sieve:
 
     def fresh(self, text: str) -> bool:
         """Whether the text is new; if so, it is remembered."""
-        key = _key(text)
-        if key in self._seen:
+        return self.admits(Trace(text))
+
+    def knows(self, text: str) -> bool:
+        """Whether it remembers a text like this one."""
+        return self.holds(Trace(text))
+
+    def admits(self, trace: Trace) -> bool:
+        """`fresh`, of a text by its trace."""
+        if trace.key in self._seen:
             self.exact += 1
             return False
-        shingles = _shingles(key)
-        bands = _min_hashes(shingles)
-        for band in bands:
-            if any(_jaccard(shingles, other) >= _NEAR for other in self._bands.get(band, ())):
-                self.near += 1
-                return False
-        self._seen.add(key)
-        for band in bands:
-            self._bands.setdefault(band, []).append(shingles)
+        if self._near(trace):
+            self.near += 1
+            return False
+        self._seen.add(trace.key)
+        for band in trace.bands:
+            self._bands.setdefault(band, []).append(trace.shingles)
         return True
 
+    def holds(self, trace: Trace) -> bool:
+        """`knows`, of a text by its trace."""
+        return trace.key in self._seen or self._near(trace)
 
-def without_duplicates(examples: Sequence[Example]) -> tuple[list[Example], Sieve]:
-    """The examples that are new, in order of splits: test, validation, train. And how many were not."""
+    def _near(self, trace: Trace) -> bool:
+        return any(
+            _jaccard(trace.shingles, other) >= _NEAR for band in trace.bands for other in self._bands.get(band, ())
+        )
+
+
+class Trace:
+    """What is compared of a text; computed once, and only as far as it is needed."""
+
+    def __init__(self, text: str) -> None:
+        self.key = _key(text)
+
+    @cached_property
+    def shingles(self) -> NDArray[np.intp]:
+        found = grams(self.key, _LAYOUT)
+        chosen = found.buckets[found.lengths == _SHINGLE]
+        return np.unique(chosen if len(chosen) else found.buckets)
+
+    @cached_property
+    def bands(self) -> list[tuple[int, bytes]]:
+        """Min-hashes of the shingles, some at a time."""
+        if not len(self.shingles):
+            return []
+        hashed = self.shingles.astype(np.uint64)[None, :] * _FACTORS[:, None] + _OFFSETS[:, None]
+        least = hashed.min(axis=1).reshape(_BANDS, _ROWS)
+        return [(band, least[band].tobytes()) for band in range(_BANDS)]
+
+
+def without_duplicates(examples: Sequence[Example], barred: Sieve | None = None) -> tuple[list[Example], Sieve]:
+    """The examples that are new, in order of splits: test, validation, train. And how many were not.
+
+    `barred`: knows what no example may resemble, in any split.
+    """
     sieve = Sieve()
-    ordered = sorted(examples, key=lambda example: _ORDER[example.split])
-    return [example for example in ordered if sieve.fresh(example.text)], sieve
+    kept = []
+    for example in sorted(examples, key=lambda example: _ORDER[example.split]):
+        trace = Trace(example.text)
+        if barred is not None and barred.holds(trace):
+            sieve.barred += 1
+        elif sieve.admits(trace):
+            kept.append(example)
+    return kept, sieve
 
 
 def _key(text: str) -> str:
     """What two texts share that differ in case, marks, blanks or punctuation."""
     plain = next(iter(readings(text))).text
     return " ".join("".join(c if c.isalnum() else " " for c in plain).split()) or text
-
-
-def _shingles(key: str) -> NDArray[np.intp]:
-    found = grams(key, _LAYOUT)
-    chosen = found.buckets[found.lengths == _SHINGLE]
-    return np.unique(chosen if len(chosen) else found.buckets)
-
-
-def _min_hashes(shingles: NDArray[np.intp]) -> list[tuple[int, bytes]]:
-    if not len(shingles):
-        return []
-    hashed = shingles.astype(np.uint64)[None, :] * _FACTORS[:, None] + _OFFSETS[:, None]
-    least = hashed.min(axis=1).reshape(_BANDS, _ROWS)
-    return [(band, least[band].tobytes()) for band in range(_BANDS)]
 
 
 def _jaccard(one: NDArray[np.intp], other: NDArray[np.intp]) -> float:

@@ -12,8 +12,16 @@ from meshlm.guard.windows import WINDOW, spans
 
 # Windows of a long harmless text that are learned from: all are harmless, and a few tell enough.
 _MOST_WINDOWS = 4
-# One attack in so many is also put into a harmless document.
-_HIDDEN_ONE_IN = 3
+# One attack in so many is also put into a harmless document: of these sources, in one of these forms.
+_HIDDEN_ONE_IN = 2
+_DOCUMENTS = frozenset(
+    ("boolq", "quac", "xsum", "fiqa", "dialogues", "chitchat", "privacy-policy", "narrative", "code")
+)
+_WRAPPERS = (
+    "{0}", "{0}", "{0}", "<!-- {0} -->", "[{0}]", "Note to the assistant that reads this: {0}", "SYSTEM: {0}",
+    "<div style='display:none'>{0}</div>", '{{"role": "system", "content": "{0}"}}', "# {0}", "\n\n---\n{0}\n---\n\n",
+    "IMPORTANT: {0}", "Assistant, {0}", "(AI: {0})",
+)  # fmt: skip
 _LONGEST_HIDDEN = 400  # characters
 
 
@@ -27,15 +35,18 @@ def texts(example: Example, positive: bool) -> Iterator[str]:
 
 def with_hidden(examples: Sequence[Example]) -> Iterator[Example]:
     """The examples, and attacks inside harmless documents: what indirect injection looks like."""
-    documents = [e.text for e in examples if e.source in ("boolq", "quac", "xsum", "fiqa") and len(e.text) > 300]
+    documents = [e.text for e in examples if e.source in _DOCUMENTS and len(e.text) > 150]
     short = [e for e in examples if e.attack and len(e.text) <= _LONGEST_HIDDEN and e.source != "neuralchemy"]
     yield from examples
     for index, attack in enumerate(short[::_HIDDEN_ONE_IN] if documents else ()):
-        document = documents[index % len(documents)][: WINDOW - len(attack.text) - 50]
+        told = _WRAPPERS[index % len(_WRAPPERS)].format(attack.text)
+        # Some of it in long documents, some in short ones; all within one window.
+        longest = (WINDOW, WINDOW // 2)[index % 2] - len(told) - 50
+        document = documents[index % len(documents)][: max(100, longest)]
         # After the first, second or third sentence; where there are none, at the end.
         sentences = document.split(". ")
         at = 1 + index % 3
-        text = ". ".join([*sentences[:at], attack.text, *sentences[at:]])
+        text = ". ".join([*sentences[:at], told, *sentences[at:]])
         yield replace(attack, text=text, source=f"{attack.source}-hidden", kind="indirect")
 
 

