@@ -173,4 +173,4 @@ def test_only_the_tail_is_kept_of_a_long_answer() -> None:
     for _ in range(2_000):
         feed(check, "an ordinary word and then ")
     assert check.released == check.length == 52_000
-    assert len(check._blocking[0]._tail) <= MAX_LENGTH + 1
+    assert len(check._holding[0]._tail) <= MAX_LENGTH + 1

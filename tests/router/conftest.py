@@ -184,6 +184,8 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
         self.stops = "secret"  # the word from which on answers are blocked
         self.inputs: list[Any] = []
         self.starts: list[Any] = []  # of output checks
+        self.redacts = False  # replaces `private` in prompts
+        self.fast = False  # releases all, and blocks one text late
 
     async def CheckInput(self, request: Any, context: Any) -> Any:
         self.inputs.append(request)
@@ -198,10 +200,16 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
         if "attack" in text:
             verdict.action = pb.Verdict.ACTION_BLOCK
             verdict.categories.append("injection.override")
-        return guard_pb2.CheckInputResponse(verdict=verdict)
+        response = guard_pb2.CheckInputResponse(verdict=verdict, redacts=self.redacts)
+        if self.redacts and "private" in text:
+            response.redacted_input.CopyFrom(request.input)
+            for message in response.redacted_input.chat.messages:
+                message.content = message.content.replace("private", "[pii]")
+            response.verdict.action = pb.Verdict.ACTION_REDACT
+        return response
 
     async def CheckOutput(self, requests: Any, context: Any) -> AsyncIterator[Any]:
-        whole = ""
+        whole = judged = ""
         async for request in requests:
             if request.WhichOneof("event") == "start":
                 self.starts.append(request.start)
@@ -211,11 +219,15 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
             whole += request.text.text
             verdict = pb.Verdict(action=pb.Verdict.ACTION_ALLOW, policy_version=self.policy)
             released = len(whole) if request.text.last else len(whole.rstrip("s"))
-            if self.stops in whole:
+            late, before, judged = self.fast and self.stops not in judged, len(judged), whole
+            if self.stops in whole and not late:
                 verdict.action = pb.Verdict.ACTION_BLOCK
                 verdict.categories.append(f"{self.stops}.word")
-                released = whole.index(self.stops)
-            yield guard_pb2.CheckOutputResponse(released_chars=released, verdict=verdict, final=request.text.last)
+                verdict.char_start = whole.index(self.stops)
+                released = before if self.fast else verdict.char_start
+            yield guard_pb2.CheckOutputResponse(
+                released_chars=released, verdict=verdict, final=request.text.last, taken_chars=len(whole)
+            )
 
 
 class FakeCache(cache_pb2_grpc.CacheServiceServicer):
@@ -269,6 +281,7 @@ class Mesh:
         self.config = RouterConfig(**peers, keys=(holder,), **{"aliases": {"alias": "m"}, **config})
         self.fleet = Fleet(targets)
         self.guards, self.answers = Guards(self.config), Answers(self.config)
+        self.guards._redacting[""] = False  # as after a first request: from then on the guard runs beside
         self.ledger = Ledger(state, self.config)
         self.vigilance = Vigilance(self.config, state, self.fleet)
         self.pipeline = Pipeline(

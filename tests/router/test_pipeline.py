@@ -515,3 +515,80 @@ async def test_malformed_bytes_get_a_typed_error_and_leave_a_living_router(mesh:
 async def test_an_oversized_message_gets_a_typed_error(mesh: Any) -> None:
     assert (await failure(mesh.stream("x" * (5 * 1024 * 1024)))).reason == Reason.REQUEST_INVALID
     assert text_of(await collect(mesh.stream())) == "Hello big world"
+
+
+async def test_generate_is_guarded_like_a_stream(mesh: Any) -> None:
+    for worker in mesh.workers:
+        worker.pieces = ["The ", "code is ", "s", "ecret", " stuff"]
+    request = inference_pb2.GenerateRequest(generation=mesh.generation())
+    response = await mesh.stub.Generate(request, metadata=mesh.metadata)
+    assert response.choices[0].text == "The code is "
+    assert response.choices[0].finish_reason == pb.FINISH_REASON_CONTENT_FILTER
+    assert list(response.end.output_verdicts[0].categories) == ["secret.word"]
+
+
+async def test_a_stop_is_told_in_a_message_of_its_own_with_its_place(mesh: Any) -> None:
+    for worker in mesh.workers:
+        worker.pieces = ["The ", "code is ", "secret", " stuff"]
+    responses = await collect(mesh.stream())
+    (told,) = [r.moderation for r in responses if r.HasField("moderation")]
+    assert told.action == inference_pb2.Moderation.ACTION_STOP
+    assert (told.char_start, list(told.categories)) == (12, ["secret.word"])
+    assert all(r.usage.prompt_tokens for r in responses)
+
+
+async def test_what_a_stream_takes_back_is_not_in_a_whole_answer(mesh: Any) -> None:
+    mesh.guard.fast = True
+    for worker in mesh.workers:
+        worker.pieces = ["The code is ", "secret", " stuff", " and more"]
+    responses = await collect(mesh.stream())
+    assert text_of(responses) == "The code is secret"
+    (told,) = [r.moderation for r in responses if r.HasField("moderation")]
+    assert told.action == inference_pb2.Moderation.ACTION_RETRACT
+    assert (told.char_start, told.char_end) == (12, 18)
+    whole = await mesh.stub.Generate(
+        inference_pb2.GenerateRequest(generation=mesh.generation()), metadata=mesh.metadata
+    )
+    assert whole.choices[0].text == "The code is "
+    assert mesh.cache.calls[-1] == "release"
+
+
+async def test_an_input_that_a_policy_may_change_is_seen_by_nobody_before_the_guard(mesh: Any) -> None:
+    mesh.guard.redacts = True
+    mesh.guards._redacting[""] = True
+    mesh.guard.hold = asyncio.Event()
+    call = mesh.stream("my private number")
+    reading = asyncio.ensure_future(call.read())
+    await until(lambda: mesh.guard.inputs)
+    assert not any(worker.requests for worker in mesh.workers)
+    assert mesh.cache.calls == []
+    mesh.guard.hold.set()
+    assert (await reading).start.input_verdict.action == pb.Verdict.ACTION_REDACT
+    await collect(call)
+    sent = [request for worker in mesh.workers for request in worker.requests]
+    assert [r.generation.input.chat.messages[0].content for r in sent] == ["my [pii] number"]
+    assert mesh.cache.lookups[0].generation.input.chat.messages[0].content == "my [pii] number"
+
+
+async def test_a_policy_that_begins_to_change_inputs_fails_the_one_request_that_was_ahead_of_it(mesh: Any) -> None:
+    mesh.guard.redacts = True
+    error = await failure(mesh.stream("my private number"))
+    assert error.reason == Reason.GUARD_UNAVAILABLE
+    assert text_of(await collect(mesh.stream("my private number"))) == "Hello big world"
+
+
+async def test_a_guard_that_is_down_is_not_asked_each_time(mesh: Any) -> None:
+    mesh.guard.down = True
+    for number in range(6):
+        assert (await failure(mesh.stream(f"hi {number}"))).reason == Reason.GUARD_UNAVAILABLE
+    assert len(mesh.guard.inputs) == 3  # then the breaker is open
+    mesh.guard.down = False
+    mesh.guards.breaker._next_try = 0.0
+    assert text_of(await collect(mesh.stream("again"))) == "Hello big world"
+    assert not mesh.guards.breaker.open
+
+
+async def test_a_guard_that_refuses_by_its_own_policy_is_not_overruled_by_a_lenient_key(mesh: Any) -> None:
+    mesh.rekey((dataclasses.replace(mesh.config.keys[0], guard_failure="allow"),))
+    mesh.guard.declines = MeshError(Reason.GUARD_UNAVAILABLE, "no model")
+    assert (await failure(mesh.stream())).reason == Reason.GUARD_UNAVAILABLE

@@ -716,6 +716,8 @@ class Verdict(google.protobuf.message.Message):
         """Let through, but told: logs, traces and audit carry it."""
         ACTION_BLOCK: Verdict._Action.ValueType  # 3
         """Refuse the prompt, or end the answer."""
+        ACTION_REDACT: Verdict._Action.ValueType  # 4
+        """Let through with parts of the text replaced."""
 
     class Action(_Action, metaclass=_ActionEnumTypeWrapper):
         """What is to happen."""
@@ -728,6 +730,8 @@ class Verdict(google.protobuf.message.Message):
     """Let through, but told: logs, traces and audit carry it."""
     ACTION_BLOCK: Verdict.Action.ValueType  # 3
     """Refuse the prompt, or end the answer."""
+    ACTION_REDACT: Verdict.Action.ValueType  # 4
+    """Let through with parts of the text replaced."""
 
     ACTION_FIELD_NUMBER: builtins.int
     CATEGORIES_FIELD_NUMBER: builtins.int
@@ -737,6 +741,7 @@ class Verdict(google.protobuf.message.Message):
     LATENCY_FIELD_NUMBER: builtins.int
     CHAR_START_FIELD_NUMBER: builtins.int
     CHAR_END_FIELD_NUMBER: builtins.int
+    SHADOW_ACTION_FIELD_NUMBER: builtins.int
     action: global___Verdict.Action.ValueType
     """What is to happen."""
     score: builtins.float
@@ -749,6 +754,8 @@ class Verdict(google.protobuf.message.Message):
     """Character range of the strongest finding in the judged text: start, inclusive."""
     char_end: builtins.int
     """And its end, exclusive."""
+    shadow_action: global___Verdict.Action.ValueType
+    """Of a policy in shadow mode: what would have happened. Then `action` is never BLOCK nor REDACT."""
     @property
     def categories(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Why: names such as `injection.override`, `secret.aws_access_key`, `pii.credit_card`, or Llama Guard codes `S1`."""
@@ -768,7 +775,8 @@ class Verdict(google.protobuf.message.Message):
         latency: builtins.float = ...,
         char_start: builtins.int = ...,
         char_end: builtins.int = ...,
+        shadow_action: global___Verdict.Action.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["action", b"action", "categories", b"categories", "char_end", b"char_end", "char_start", b"char_start", "detectors", b"detectors", "latency", b"latency", "policy_version", b"policy_version", "score", b"score"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["action", b"action", "categories", b"categories", "char_end", b"char_end", "char_start", b"char_start", "detectors", b"detectors", "latency", b"latency", "policy_version", b"policy_version", "score", b"score", "shadow_action", b"shadow_action"]) -> None: ...
 
 global___Verdict = Verdict

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from meshlm.v1 import generation_pb2 as meshlm_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15meshlm/v1/guard.proto\x12\tmeshlm.v1\x1a\x1ameshlm/v1/generation.proto\"|\n\x11\x43heckInputRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x1f\n\x05input\x18\x04 \x01(\x0b\x32\x10.meshlm.v1.Input\x12\x12\n\ntoken_text\x18\x05 \x01(\t\"9\n\x12\x43heckInputResponse\x12#\n\x07verdict\x18\x01 \x01(\x0b\x32\x12.meshlm.v1.Verdict\"y\n\x10OutputCheckStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x1f\n\x05input\x18\x04 \x01(\x0b\x32\x10.meshlm.v1.Input\x12\x10\n\x08\x63\x61naries\x18\x05 \x03(\t\"8\n\nOutputText\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0c\n\x04last\x18\x03 \x01(\x08\"r\n\x12\x43heckOutputRequest\x12,\n\x05start\x18\x01 \x01(\x0b\x32\x1b.meshlm.v1.OutputCheckStartH\x00\x12%\n\x04text\x18\x02 \x01(\x0b\x32\x15.meshlm.v1.OutputTextH\x00\x42\x07\n\x05\x65vent\"q\n\x13\x43heckOutputResponse\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x16\n\x0ereleased_chars\x18\x02 \x01(\r\x12#\n\x07verdict\x18\x03 \x01(\x0b\x32\x12.meshlm.v1.Verdict\x12\r\n\x05\x66inal\x18\x04 \x01(\x08\x32\xab\x01\n\x0cGuardService\x12I\n\nCheckInput\x12\x1c.meshlm.v1.CheckInputRequest\x1a\x1d.meshlm.v1.CheckInputResponse\x12P\n\x0b\x43heckOutput\x12\x1d.meshlm.v1.CheckOutputRequest\x1a\x1e.meshlm.v1.CheckOutputResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15meshlm/v1/guard.proto\x12\tmeshlm.v1\x1a\x1ameshlm/v1/generation.proto\"|\n\x11\x43heckInputRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x1f\n\x05input\x18\x04 \x01(\x0b\x32\x10.meshlm.v1.Input\x12\x12\n\ntoken_text\x18\x05 \x01(\t\"t\n\x12\x43heckInputResponse\x12#\n\x07verdict\x18\x01 \x01(\x0b\x32\x12.meshlm.v1.Verdict\x12(\n\x0eredacted_input\x18\x02 \x01(\x0b\x32\x10.meshlm.v1.Input\x12\x0f\n\x07redacts\x18\x03 \x01(\x08\"y\n\x10OutputCheckStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x1f\n\x05input\x18\x04 \x01(\x0b\x32\x10.meshlm.v1.Input\x12\x10\n\x08\x63\x61naries\x18\x05 \x03(\t\"8\n\nOutputText\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0c\n\x04last\x18\x03 \x01(\x08\"r\n\x12\x43heckOutputRequest\x12,\n\x05start\x18\x01 \x01(\x0b\x32\x1b.meshlm.v1.OutputCheckStartH\x00\x12%\n\x04text\x18\x02 \x01(\x0b\x32\x15.meshlm.v1.OutputTextH\x00\x42\x07\n\x05\x65vent\"X\n\tRedaction\x12\x12\n\nchar_start\x18\x01 \x01(\r\x12\x10\n\x08\x63har_end\x18\x02 \x01(\r\x12\x13\n\x0breplacement\x18\x03 \x01(\t\x12\x10\n\x08\x63\x61tegory\x18\x04 \x01(\t\"\xdc\x01\n\x13\x43heckOutputResponse\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x16\n\x0ereleased_chars\x18\x02 \x01(\r\x12#\n\x07verdict\x18\x03 \x01(\x0b\x32\x12.meshlm.v1.Verdict\x12\r\n\x05\x66inal\x18\x04 \x01(\x08\x12\x13\n\x0btaken_chars\x18\x05 \x01(\r\x12\x19\n\x0cjudged_chars\x18\x06 \x01(\rH\x00\x88\x01\x01\x12(\n\nredactions\x18\x07 \x03(\x0b\x32\x14.meshlm.v1.RedactionB\x0f\n\r_judged_chars2\xab\x01\n\x0cGuardService\x12I\n\nCheckInput\x12\x1c.meshlm.v1.CheckInputRequest\x1a\x1d.meshlm.v1.CheckInputResponse\x12P\n\x0b\x43heckOutput\x12\x1d.meshlm.v1.CheckOutputRequest\x1a\x1e.meshlm.v1.CheckOutputResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKINPUTREQUEST']._serialized_start=64
   _globals['_CHECKINPUTREQUEST']._serialized_end=188
   _globals['_CHECKINPUTRESPONSE']._serialized_start=190
-  _globals['_CHECKINPUTRESPONSE']._serialized_end=247
-  _globals['_OUTPUTCHECKSTART']._serialized_start=249
-  _globals['_OUTPUTCHECKSTART']._serialized_end=370
-  _globals['_OUTPUTTEXT']._serialized_start=372
-  _globals['_OUTPUTTEXT']._serialized_end=428
-  _globals['_CHECKOUTPUTREQUEST']._serialized_start=430
-  _globals['_CHECKOUTPUTREQUEST']._serialized_end=544
-  _globals['_CHECKOUTPUTRESPONSE']._serialized_start=546
-  _globals['_CHECKOUTPUTRESPONSE']._serialized_end=659
-  _globals['_GUARDSERVICE']._serialized_start=662
-  _globals['_GUARDSERVICE']._serialized_end=833
+  _globals['_CHECKINPUTRESPONSE']._serialized_end=306
+  _globals['_OUTPUTCHECKSTART']._serialized_start=308
+  _globals['_OUTPUTCHECKSTART']._serialized_end=429
+  _globals['_OUTPUTTEXT']._serialized_start=431
+  _globals['_OUTPUTTEXT']._serialized_end=487
+  _globals['_CHECKOUTPUTREQUEST']._serialized_start=489
+  _globals['_CHECKOUTPUTREQUEST']._serialized_end=603
+  _globals['_REDACTION']._serialized_start=605
+  _globals['_REDACTION']._serialized_end=693
+  _globals['_CHECKOUTPUTRESPONSE']._serialized_start=696
+  _globals['_CHECKOUTPUTRESPONSE']._serialized_end=916
+  _globals['_GUARDSERVICE']._serialized_start=919
+  _globals['_GUARDSERVICE']._serialized_end=1090
 # @@protoc_insertion_point(module_scope)

@@ -57,17 +57,27 @@ class CheckInputResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     VERDICT_FIELD_NUMBER: builtins.int
+    REDACTED_INPUT_FIELD_NUMBER: builtins.int
+    REDACTS_FIELD_NUMBER: builtins.int
+    redacts: builtins.bool
+    """The policy may redact inputs: nobody should see one of its inputs before this answer."""
     @property
     def verdict(self) -> meshlm.v1.generation_pb2.Verdict:
         """Verdict over all messages."""
+
+    @property
+    def redacted_input(self) -> meshlm.v1.generation_pb2.Input:
+        """The input with what the policy redacts replaced; absent where nothing was. It is what a model may see."""
 
     def __init__(
         self,
         *,
         verdict: meshlm.v1.generation_pb2.Verdict | None = ...,
+        redacted_input: meshlm.v1.generation_pb2.Input | None = ...,
+        redacts: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["verdict", b"verdict"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["verdict", b"verdict"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["redacted_input", b"redacted_input", "verdict", b"verdict"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["redacted_input", b"redacted_input", "redacts", b"redacts", "verdict", b"verdict"]) -> None: ...
 
 global___CheckInputResponse = CheckInputResponse
 
@@ -165,8 +175,40 @@ class CheckOutputRequest(google.protobuf.message.Message):
 global___CheckOutputRequest = CheckOutputRequest
 
 @typing.final
+class Redaction(google.protobuf.message.Message):
+    """A range of a text that something else takes the place of."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHAR_START_FIELD_NUMBER: builtins.int
+    CHAR_END_FIELD_NUMBER: builtins.int
+    REPLACEMENT_FIELD_NUMBER: builtins.int
+    CATEGORY_FIELD_NUMBER: builtins.int
+    char_start: builtins.int
+    """Character (code point) of the text as it was sent: start, inclusive."""
+    char_end: builtins.int
+    """And its end, exclusive."""
+    replacement: builtins.str
+    """What takes its place."""
+    category: builtins.str
+    """What was there, e.g. `pii.email`."""
+    def __init__(
+        self,
+        *,
+        char_start: builtins.int = ...,
+        char_end: builtins.int = ...,
+        replacement: builtins.str = ...,
+        category: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["category", b"category", "char_end", b"char_end", "char_start", b"char_start", "replacement", b"replacement"]) -> None: ...
+
+global___Redaction = Redaction
+
+@typing.final
 class CheckOutputResponse(google.protobuf.message.Message):
-    """How far a choice may be released. One answer to each OutputText, in order."""
+    """How far a choice may be released. At least one answer to each OutputText, in order, and more where a model's opinion
+    comes later than the answer.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -174,15 +216,30 @@ class CheckOutputResponse(google.protobuf.message.Message):
     RELEASED_CHARS_FIELD_NUMBER: builtins.int
     VERDICT_FIELD_NUMBER: builtins.int
     FINAL_FIELD_NUMBER: builtins.int
+    TAKEN_CHARS_FIELD_NUMBER: builtins.int
+    JUDGED_CHARS_FIELD_NUMBER: builtins.int
+    REDACTIONS_FIELD_NUMBER: builtins.int
     choice: builtins.int
     """Which choice, from 0."""
     released_chars: builtins.int
     """Characters (code points) of the choice's text that may be released; never falls."""
     final: builtins.bool
-    """This is the verdict on the whole choice."""
+    """This is the verdict on the whole choice; none follows."""
+    taken_chars: builtins.int
+    """Characters of the choice's text that the guard has taken; never falls. What it has not taken waits: the guard is
+    late.
+    """
+    judged_chars: builtins.int
+    """Characters that a model has judged and that stand; never falls, and grows window by window. Released characters
+    are within them, unless the policy releases first. Absent where no model judges.
+    """
     @property
     def verdict(self) -> meshlm.v1.generation_pb2.Verdict:
-        """Verdict so far: after BLOCK, nothing more is released. With offsets into the choice's text."""
+        """Verdict so far: after BLOCK, nothing more is released. With offsets into the choice's text as it was sent."""
+
+    @property
+    def redactions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Redaction]:
+        """What is to be replaced, in order; each is told once, at the latest with the answer that releases its end."""
 
     def __init__(
         self,
@@ -191,8 +248,12 @@ class CheckOutputResponse(google.protobuf.message.Message):
         released_chars: builtins.int = ...,
         verdict: meshlm.v1.generation_pb2.Verdict | None = ...,
         final: builtins.bool = ...,
+        taken_chars: builtins.int = ...,
+        judged_chars: builtins.int | None = ...,
+        redactions: collections.abc.Iterable[global___Redaction] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["verdict", b"verdict"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["choice", b"choice", "final", b"final", "released_chars", b"released_chars", "verdict", b"verdict"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_judged_chars", b"_judged_chars", "judged_chars", b"judged_chars", "verdict", b"verdict"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_judged_chars", b"_judged_chars", "choice", b"choice", "final", b"final", "judged_chars", b"judged_chars", "redactions", b"redactions", "released_chars", b"released_chars", "taken_chars", b"taken_chars", "verdict", b"verdict"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_judged_chars", b"_judged_chars"]) -> typing.Literal["judged_chars"] | None: ...
 
 global___CheckOutputResponse = CheckOutputResponse

@@ -7,9 +7,16 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import meshlm.v1.generation_pb2
+import sys
 import typing
+
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
@@ -375,6 +382,79 @@ class StreamStart(google.protobuf.message.Message):
 global___StreamStart = StreamStart
 
 @typing.final
+class Moderation(google.protobuf.message.Message):
+    """What the guard says of a choice's answer while it streams. Offsets are characters (code points) of the choice's text as
+    it is sent here, from its beginning, also in a resumed stream.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Action:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _ActionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Moderation._Action.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        ACTION_UNSPECIFIED: Moderation._Action.ValueType  # 0
+        """No statement."""
+        ACTION_PASS: Moderation._Action.ValueType  # 1
+        """The text up to `check_offset` was judged, and stands."""
+        ACTION_RETRACT: Moderation._Action.ValueType  # 2
+        """The range was sent and should not have been: take it back from whoever saw it. The choice ends."""
+        ACTION_STOP: Moderation._Action.ValueType  # 3
+        """The choice ends before the text that this is about was sent."""
+
+    class Action(_Action, metaclass=_ActionEnumTypeWrapper):
+        """What follows for the reader."""
+
+    ACTION_UNSPECIFIED: Moderation.Action.ValueType  # 0
+    """No statement."""
+    ACTION_PASS: Moderation.Action.ValueType  # 1
+    """The text up to `check_offset` was judged, and stands."""
+    ACTION_RETRACT: Moderation.Action.ValueType  # 2
+    """The range was sent and should not have been: take it back from whoever saw it. The choice ends."""
+    ACTION_STOP: Moderation.Action.ValueType  # 3
+    """The choice ends before the text that this is about was sent."""
+
+    CHOICE_FIELD_NUMBER: builtins.int
+    CHECK_OFFSET_FIELD_NUMBER: builtins.int
+    CHAR_START_FIELD_NUMBER: builtins.int
+    CHAR_END_FIELD_NUMBER: builtins.int
+    CATEGORIES_FIELD_NUMBER: builtins.int
+    SCORE_FIELD_NUMBER: builtins.int
+    ACTION_FIELD_NUMBER: builtins.int
+    choice: builtins.int
+    """Which choice, from 0."""
+    check_offset: builtins.int
+    """Characters judged so far; never falls."""
+    char_start: builtins.int
+    """What it is about: start, inclusive."""
+    char_end: builtins.int
+    """And its end, exclusive. Of a PASS, the range newly judged."""
+    score: builtins.float
+    """Confidence of the strongest finding. Range [0, 1]."""
+    action: global___Moderation.Action.ValueType
+    """What follows."""
+    @property
+    def categories(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What was found, as in Verdict."""
+
+    def __init__(
+        self,
+        *,
+        choice: builtins.int = ...,
+        check_offset: builtins.int = ...,
+        char_start: builtins.int = ...,
+        char_end: builtins.int = ...,
+        categories: collections.abc.Iterable[builtins.str] | None = ...,
+        score: builtins.float = ...,
+        action: global___Moderation.Action.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["action", b"action", "categories", b"categories", "char_end", b"char_end", "char_start", b"char_start", "check_offset", b"check_offset", "choice", b"choice", "score", b"score"]) -> None: ...
+
+global___Moderation = Moderation
+
+@typing.final
 class StreamEnd(google.protobuf.message.Message):
     """The last message of a stream."""
 
@@ -416,13 +496,14 @@ global___StreamEnd = StreamEnd
 
 @typing.final
 class StreamGenerateResponse(google.protobuf.message.Message):
-    """One message of a stream: a start, then chunks, then an end."""
+    """One message of a stream: a start, then chunks, with what the guard says of them between, then an end."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     START_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     END_FIELD_NUMBER: builtins.int
+    MODERATION_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     @property
     def start(self) -> global___StreamStart:
@@ -437,6 +518,10 @@ class StreamGenerateResponse(google.protobuf.message.Message):
         """Last message."""
 
     @property
+    def moderation(self) -> global___Moderation:
+        """The guard's word on what was sent, or will not be. Only where an output guard runs."""
+
+    @property
     def usage(self) -> meshlm.v1.generation_pb2.Usage:
         """Usage so far; in every message, so that a broken stream can be accounted for: what the last message that went out
         says is what is billed. Answer tokens are those sent, up to and with this message.
@@ -448,11 +533,12 @@ class StreamGenerateResponse(google.protobuf.message.Message):
         start: global___StreamStart | None = ...,
         chunk: meshlm.v1.generation_pb2.Chunk | None = ...,
         end: global___StreamEnd | None = ...,
+        moderation: global___Moderation | None = ...,
         usage: meshlm.v1.generation_pb2.Usage | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "end", b"end", "event", b"event", "start", b"start", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "end", b"end", "event", b"event", "start", b"start", "usage", b"usage"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["start", "chunk", "end"] | None: ...
+    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "end", b"end", "event", b"event", "moderation", b"moderation", "start", b"start", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "end", b"end", "event", b"event", "moderation", b"moderation", "start", b"start", "usage", b"usage"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["start", "chunk", "end", "moderation"] | None: ...
 
 global___StreamGenerateResponse = StreamGenerateResponse
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from meshlm.chassis.errors import invalid
 from meshlm.guard import canaries, tool_calls
 from meshlm.guard.config import Act, PolicyConfig
-from meshlm.guard.stream import Watch
+from meshlm.guard.watches import Watch
 
 _MOST_CANARIES = 4
 

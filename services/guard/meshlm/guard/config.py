@@ -10,7 +10,7 @@ from meshlm.chassis.config import ServerConfig
 from meshlm.guard.llama.config import LlamaGuardConfig, PanelConfig
 from meshlm.guard.tool_schemas import ToolSchema
 
-Act = Literal["allow", "flag", "block"]
+Act = Literal["allow", "flag", "redact", "block"]
 DEFAULT_POLICY = "default"
 
 
@@ -18,8 +18,13 @@ DEFAULT_POLICY = "default"
 class PolicyConfig:
     """What is looked for, and what follows (`guard.policies.<name>`)."""
 
-    # Detectors that read the input: rules (`signatures`), and the model's heads (`attack`, `harm`; `guard.model`).
-    input_detectors: tuple[Literal["signatures", "attack", "harm"], ...] = ("signatures", "attack", "harm")
+    # Detectors that read the input: rules (`signatures`; and, if asked, `secrets` and `pii`), and the model's heads
+    # (`attack`, `harm`; `guard.model`).
+    input_detectors: tuple[Literal["signatures", "secrets", "pii", "attack", "harm"], ...] = (
+        "signatures",
+        "attack",
+        "harm",
+    )
     # Detectors that read the output: rules (`secrets`, `pii`), and the model's `harm`.
     output_detectors: tuple[Literal["secrets", "pii", "harm"], ...] = ("secrets", "pii", "harm")
     # Roles whose messages are the caller's own words, and are not judged. All others are.
@@ -68,8 +73,11 @@ class PolicyConfig:
     # be reached is for the router's keys to say (router.keys.guard_failure).
     failure: Literal["refuse", "allow"] = "refuse"
     # What follows from a category (`pii.us_ssn`) or a family of them (`pii`), where it differs from the built-in
-    # choice. `allow` turns it off. On input it is the most that may follow, whatever the score.
+    # choice. `allow` turns it off; `redact` is for what `secrets` and `pii` find. On input it is the most that may
+    # follow, whatever the score.
     actions: Mapping[str, Act] = field(default_factory=dict)
+    # Nothing is refused, stopped, held or replaced: verdicts tell what would have been.
+    shadow: bool = False
 
     def __post_init__(self) -> None:
         for prefix in ("", "attack_", "harm_", "answer_", "indirect_", "indirect_attack_"):
@@ -78,6 +86,8 @@ class PolicyConfig:
         if not self.answer_flag_score <= self.answer_confirm_score <= self.answer_block_score:
             raise ValueError("expected answer_flag_score <= answer_confirm_score <= answer_block_score")
         self._check_tools()
+        if unfit := [name for name, act in self.actions.items() if act == "redact" and not _is_pattern(name)]:
+            raise ValueError(f"actions.{unfit[0]}: only `pii`, `secret` and categories of them can be redacted")
         if not self.answer_windows or min(self.answer_windows) < 1:
             raise ValueError("answer_windows: expected at least one number, each above 0")
 
@@ -96,6 +106,11 @@ class PolicyConfig:
         """What follows from a category: its own entry, else its family's, else `default`."""
         family = category.partition(".")[0]
         return self.actions.get(category, self.actions.get(family, default))
+
+
+def _is_pattern(category: str) -> bool:
+    """Whether patterns find it: where in a text it is, is known to the character."""
+    return category.partition(".")[0] in ("pii", "secret")
 
 
 @dataclass(frozen=True)

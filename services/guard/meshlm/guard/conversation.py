@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from meshlm.chassis.parts import pieces
 from meshlm.guard.judging import Turn
@@ -45,3 +45,25 @@ def turns_of(source: generation_pb2.Input, token_text: str, trusted_roles: Colle
 def length_of(turns: list[Turn]) -> int:
     """Characters of all turns."""
     return sum(len(turn.text) for turn in turns) + len(_JOINT) * (len(turns) - 1)
+
+
+def rewritten(
+    source: generation_pb2.Input, trusted_roles: Collection[str], rewrite: Callable[[str], str]
+) -> generation_pb2.Input | None:
+    """The input with every text that is judged rewritten; None where that changes nothing, or for token ids."""
+    changed = generation_pb2.Input()
+    changed.CopyFrom(source)
+    if changed.WhichOneof("input") == "prompt":
+        changed.prompt = rewrite(source.prompt)
+    for message in changed.chat.messages if changed.HasField("chat") else ():
+        judged = message.role not in trusted_roles
+        rewritten_pieces = [(p, rewrite(p.text) if judged or p.untrusted else p.text) for p in pieces(message)]
+        if message.parts and any(piece.text != text for piece, text in rewritten_pieces):
+            parts = [generation_pb2.Part(text=text, untrusted=piece.untrusted) for piece, text in rewritten_pieces]
+            del message.parts[:]
+            message.parts.extend(parts)
+        elif not message.parts:
+            message.content = rewritten_pieces[0][1]
+        if message.name and judged and rewrite(message.name) != message.name:
+            message.name = "redacted"  # a name has letters, digits, `_` and `-` only
+    return changed if changed != source else None

@@ -16,6 +16,9 @@ from meshlm.v1 import generation_pb2
 
 CATEGORY = "injection.indirect"
 _ATTACKS = ("injection", "jailbreak")
+_SEVERITY = tuple(
+    map(generation_pb2.Verdict.Action.Value, ("ACTION_ALLOW", "ACTION_FLAG", "ACTION_REDACT", "ACTION_BLOCK"))
+)
 
 
 def split(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
@@ -44,7 +47,7 @@ def merged(own: generation_pb2.Verdict, others: generation_pb2.Verdict) -> gener
     """One verdict on both. Its score and range are those of the one that decides."""
     if any(category.partition(".")[0] in _ATTACKS for category in others.categories):
         others.categories.append(CATEGORY)
-    weaker, verdict = sorted((own, others), key=lambda v: (v.action, v.score))
+    weaker, verdict = sorted((own, others), key=lambda v: (_SEVERITY.index(v.shadow_action or v.action), v.score))
     made = generation_pb2.Verdict()
     made.CopyFrom(verdict)
     del made.categories[:], made.detectors[:]

@@ -17,6 +17,8 @@ from meshlm.guard.findings import Finding
 
 # Longest match of any pattern, characters, with what must follow.
 MAX_LENGTH = 512
+# Most of what may follow a match and is replaced with it, characters: an RSA key of 8,192 bits has 6,400.
+MAX_REST = 8_192
 # Never in a text (protobuf strings are UTF-8), so a pattern that ends in it is only ever matched in part.
 _NEVER = "\ud800"
 # Stated once for all patterns of a set: most places of a text are then out after one look.
@@ -38,6 +40,8 @@ class Pattern:
     score: float = 0.95
     # What follows, unless the policy says otherwise.
     act: Act = "block"
+    # What more of it may follow: the match is as much of it as decides, and where it is replaced, all of it is.
+    rest: str = ""
     # Judges the matched text, e.g. by its check digits. From one start, of all patterns with the same check, one at
     # most may match, and in one way.
     check: Callable[[str], bool] | None = None
@@ -57,6 +61,17 @@ class PatternSet:
         for pattern in self.patterns:
             groups.setdefault(pattern.check, []).append(pattern)
         self._groups = [_Group(group) for group in groups.values()]
+        rests = {pattern.category: pattern.rest for pattern in self.patterns}
+        self._rests = {
+            category: (re.compile(rest), regex.compile(f"(?:{rest}){_NEVER}")) for category, rest in rests.items()
+        }
+
+    def rest(self, category: str, text: str) -> tuple[int, bool]:
+        """How much of `text`, which follows a match, belongs to it; and whether more of what comes might."""
+        complete, unfinished = self._rests[category]
+        grows = len(text) < MAX_REST and unfinished.match(text, partial=True) is not None
+        match = complete.match(text, 0, MAX_REST)
+        return match.end() if match is not None else 0, grows
 
     def first(self, text: str, begin: int, known: int) -> tuple[Finding, int] | None:
         """The finding that is decided first, and where: the least end at which some pattern is matched.

@@ -7,24 +7,28 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import structlog
 
 from meshlm.chassis import telemetry
 from meshlm.chassis.errors import MeshError, Reason, invalid
 from meshlm.chassis.telemetry import Name
-from meshlm.guard import indirect, injection, pii, secrets
+from meshlm.guard import indirect, injection
 from meshlm.guard.answer_rules import AnswerRules
 from meshlm.guard.config import DEFAULT_POLICY, Act, PolicyConfig
+from meshlm.guard.content import ContentWatch, Weighed
+from meshlm.guard.conversation import rewritten
 from meshlm.guard.findings import Finding
 from meshlm.guard.judging import Head, Judge, JudgeError, Opinion, Turn
 from meshlm.guard.lookback import View
-from meshlm.guard.patterns import Pattern, PatternSet
-from meshlm.guard.stream import ContentWatch, OutputCheck, PatternWatch, Weighed, by_category
+from meshlm.guard.stream import OutputCheck
+from meshlm.guard.texts import Patterns, moved
 from meshlm.v1 import generation_pb2
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 # Raised when the meaning of scores or the order of decisions changes; detectors have versions of their own.
 _VERSION = "rules-1"
@@ -32,12 +36,10 @@ _VERSION = "rules-1"
 ALLOW = generation_pb2.Verdict.ACTION_ALLOW
 FLAG = generation_pb2.Verdict.ACTION_FLAG
 BLOCK = generation_pb2.Verdict.ACTION_BLOCK
-_SEVERITY = (ALLOW, FLAG, BLOCK)
+REDACT = generation_pb2.Verdict.ACTION_REDACT
+_SEVERITY = (ALLOW, FLAG, REDACT, BLOCK)
+_NAMES: Mapping[int, Act] = {ALLOW: "allow", FLAG: "flag", REDACT: "redact", BLOCK: "block"}
 _HEADS: tuple[Head, ...] = ("attack", "harm")
-_OUTPUT: Mapping[str, tuple[str, tuple[Pattern, ...]]] = {
-    "secrets": (secrets.VERSION, secrets.PATTERNS),
-    "pii": (pii.VERSION, pii.PATTERNS),
-}
 
 
 class Policy:
@@ -51,17 +53,20 @@ class Policy:
         self._heads = tuple(h for h in _HEADS if judge is not None and h in config.input_detectors)
         self._rules = "signatures" in config.input_detectors
         self._input_detectors = [injection.VERSION] if self._rules else []
-        self._output_detectors = [_OUTPUT[name][0] for name in config.output_detectors if name in _OUTPUT]
-        known = [pattern for name in config.output_detectors if name in _OUTPUT for pattern in _OUTPUT[name][1]]
-        acts = {act: [p for p in known if config.action(p.category, p.act) == act] for act in ("block", "flag")}
-        self._blocking = PatternSet(acts["block"])
-        self._flagging = by_category(acts["flag"])
+        self._in_input = Patterns(config, config.input_detectors)
+        self._in_output = Patterns(config, config.output_detectors)
+        self._input_detectors += self._in_input.versions
         self._answers = AnswerRules(config)
-        self._output_detectors += self._answers.versions
+        self._output_detectors = [*self._in_output.versions, *self._answers.versions]
         self.version = self._version()
         self._failures = telemetry.meter().create_counter(
             Name.GUARD_JUDGE_FAILURES, "1", "Times a model could not judge, by direction and what followed"
         )
+
+    @property
+    def redacts_input(self) -> bool:
+        """Whether an input may be changed."""
+        return self._in_input.redacts and not self.config.shadow
 
     async def judge_input(
         self, turns: Sequence[Turn], *, tenant: str = "", request_id: str = ""
@@ -86,9 +91,10 @@ class Policy:
 
     async def _judge_turns(self, turns: Sequence[Turn], tenant: str, request_id: str) -> generation_pb2.Verdict:
         read = [turn for turn in turns if turn.judged]
-        findings = await self._by_rules(read)
-        score = injection.combined(findings)
-        action = self._input_action(findings, score)
+        found = await self._run(sum(len(turn.text) for turn in read), lambda: self._by_rules(read))
+        findings, score = found.findings, found.score
+        action = max(self._input_action(findings, score), found.action, key=_SEVERITY.index)
+        findings, score = findings + found.patterns, max([score, *(f.score for f in found.patterns)])
         detectors = list(self._input_detectors)
         for opinion in await self._opinions(turns, tenant, request_id) if self._heads and read else ():
             judged, told = self._model_action(opinion)
@@ -99,6 +105,11 @@ class Policy:
         verdict = self._verdict(action, findings, detectors)
         verdict.score = score
         return verdict
+
+    async def redact(self, source: generation_pb2.Input) -> generation_pb2.Input | None:
+        """The input with what is replaced replaced; None where nothing is."""
+        roles = self.config.trusted_roles
+        return await self._run(source.ByteSize(), lambda: rewritten(source, roles, self._in_input.rewrite))
 
     def output_check(
         self, turns: Sequence[Turn] = (), *, tenant: str = "", request_id: str = "", canaries: Sequence[str] = ()
@@ -111,15 +122,20 @@ class Policy:
                 return await self._weigh(turns, view, tenant, request_id)
 
             content = ContentWatch(weigh, self.config.answer_windows, strict=self.config.answer_release == "strict")
-        blocking = [PatternWatch(self._blocking), *self._answers.watches(canaries, "block")]
-        flagging = [*(PatternWatch(s) for s in self._flagging), *self._answers.watches(canaries, "flag")]
-        return OutputCheck(blocking, flagging, content)
+        patterns, answers = self._in_output, self._answers
+        return OutputCheck(
+            [*patterns.blocking(), *answers.watches(canaries, "block")],
+            [*patterns.flagging(), *answers.watches(canaries, "flag")],
+            content,
+            patterns.redactor(),
+            shadow=self.config.shadow,
+        )
 
     def judge_output(self, check: OutputCheck) -> generation_pb2.Verdict:
-        """Verdict on what a check has seen so far."""
-        blocked = check.blocked
-        findings = [*([blocked] if blocked is not None else []), *check.flagged]
-        action = BLOCK if blocked is not None else FLAG if findings else ALLOW
+        """Verdict on what a check has seen so far; BLOCK once no opinion still awaited can say what else stops it."""
+        blocked, redacted = check.blocked if check.decided else None, [redacted.finding for redacted in check.redacted]
+        findings = [*([blocked] if blocked is not None else []), *check.flagged, *redacted]
+        action = BLOCK if blocked is not None else REDACT if redacted else FLAG if findings else ALLOW
         return self._verdict(action, findings, [*self._output_detectors, *check.detectors], blocked)
 
     def _version(self) -> str:
@@ -128,12 +144,20 @@ class Policy:
         digest = hashlib.sha256(json.dumps([name, content], sort_keys=True).encode()).hexdigest()
         return f"{name}-{digest[:8]}"
 
-    async def _by_rules(self, turns: Sequence[Turn]) -> list[Finding]:
-        if not self._rules:
-            return []
-        if sum(len(turn.text) for turn in turns) > self._inline_chars:
-            return await asyncio.to_thread(self._find, turns)
-        return self._find(turns)
+    async def _run(self, size: int, work: Callable[[], T]) -> T:
+        """Long inputs in a thread, so that other streams go on."""
+        return await asyncio.to_thread(work) if size > self._inline_chars else work()
+
+    def _by_rules(self, turns: Sequence[Turn]) -> _Ruled:
+        findings = self._find(turns) if self._rules else []
+        action, patterns = ALLOW, []
+        for turn in turns if self._in_input.versions else ():
+            read = self._in_input.read(turn.text)
+            patterns += [moved(f, turn.offset) for f in (*read.blocked, *read.flagged)]
+            patterns += [moved(redacted.finding, turn.offset) for redacted in read.redacted]
+            found = BLOCK if read.blocked else REDACT if read.redacted else FLAG if read.flagged else ALLOW
+            action = max(action, found, key=_SEVERITY.index)
+        return _Ruled(findings, injection.combined(findings), action, patterns)
 
     def _find(self, turns: Sequence[Turn]) -> list[Finding]:
         """The strongest finding of each rule."""
@@ -144,8 +168,7 @@ class Policy:
                     continue
                 known = found.get(finding.rule)
                 if known is None or finding.score > known.score:
-                    start, end = finding.start + turn.offset, finding.end + turn.offset
-                    found[finding.rule] = dataclasses.replace(finding, start=start, end=end)
+                    found[finding.rule] = moved(finding, turn.offset)
         return list(found.values())
 
     def _input_action(self, findings: list[Finding], score: float) -> generation_pb2.Verdict.Action.ValueType:
@@ -165,9 +188,10 @@ class Policy:
 
     def _fail(self, direction: str) -> None:
         """The model cannot judge. Raises MeshError GUARD_UNAVAILABLE, unless the policy lets rules decide alone."""
-        self._failures.add(1, {Name.GUARD_DIRECTION: direction, Name.GUARD_FAILURE: self.config.failure})
-        log.warning("a model cannot judge", direction=direction, failure=self.config.failure)
-        if self.config.failure == "refuse":
+        failure = "allow" if self.config.shadow else self.config.failure
+        self._failures.add(1, {Name.GUARD_DIRECTION: direction, Name.GUARD_FAILURE: failure})
+        log.warning("a model cannot judge", direction=direction, failure=failure)
+        if failure == "refuse":
             raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard's model does not answer", retry_after=1.0) from None
 
     def _model_action(self, opinion: Opinion) -> tuple[generation_pb2.Verdict.Action.ValueType, list[Finding]]:
@@ -223,12 +247,25 @@ class Policy:
         strongest: Finding | None = None,
     ) -> generation_pb2.Verdict:
         verdict = generation_pb2.Verdict(action=action, policy_version=self.version, detectors=detectors)
+        if self.config.shadow:
+            verdict.shadow_action = action
+            verdict.action = ALLOW if action == ALLOW else FLAG
         if findings:
             strongest = strongest or max(findings, key=lambda f: (f.score, -f.start))
             verdict.categories.extend(sorted({finding.category for finding in findings}))
             verdict.score = strongest.score
             verdict.char_start, verdict.char_end = strongest.start, strongest.end
         return verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ruled:
+    """What rules find in an input: attacks, which add up, and what follows from secrets and personal data."""
+
+    findings: list[Finding]
+    score: float
+    action: generation_pb2.Verdict.Action.ValueType
+    patterns: list[Finding]
 
 
 class Policies:
@@ -250,4 +287,4 @@ class Policies:
 
 def act_name(action: generation_pb2.Verdict.Action.ValueType) -> Act:
     """As the configuration spells it, for metrics and spans."""
-    return "block" if action == BLOCK else "flag" if action == FLAG else "allow"
+    return _NAMES.get(action, "allow")

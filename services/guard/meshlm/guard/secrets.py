@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 
 from meshlm.guard.patterns import Pattern
 
@@ -39,7 +40,14 @@ _PEM = (
     r"(?:[A-Z][A-Za-z-]{2,15}: [^\n]{1,80}\n{1,2}){0,3}[A-Za-z0-9+/]{32}"
 )
 
-PATTERNS = (
+_LINE_END = r"(?:\\[nr]|[\s\"'+])"
+# The lines of a key: full ones, and a short last one where the end is marked.
+_PEM_REST = (
+    rf"[A-Za-z0-9+/=]*+(?:{_LINE_END}{{1,8}}[A-Za-z0-9+/=]{{24,}}+)*"
+    rf"(?:{_LINE_END}{{1,8}}(?:[A-Za-z0-9+/]{{1,23}}={{0,2}}{_LINE_END}{{1,8}})?-----END [A-Z ]{{0,30}}-----)?"
+)
+
+_PATTERNS = (
     Pattern("secret.aws_access_key", r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}", _END, check=_varied),
     Pattern("secret.github_token", r"gh[pousr]_[A-Za-z0-9]{36}", check=_varied),
     Pattern("secret.github_token", r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{40}", check=_varied),
@@ -60,7 +68,7 @@ PATTERNS = (
     Pattern("secret.pypi_token", r"pypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{50}"),
     Pattern("secret.sendgrid_key", r"SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}", check=_varied),
     Pattern("secret.digitalocean_token", r"do[opr]_v1_[a-f0-9]{64}", check=_varied),
-    Pattern("secret.private_key", _PEM),
+    Pattern("secret.private_key", _PEM, rest=_PEM_REST),
     Pattern("secret.jwt", r"eyJ[A-Za-z0-9_-]{10,160}\.eyJ[A-Za-z0-9_-]{10,240}\.[A-Za-z0-9_-]{16}"),
     Pattern(
         "secret.assignment",
@@ -71,4 +79,9 @@ PATTERNS = (
         act="flag",
         check=_random,
     ),
+)
+
+# Forms are shortened to what decides: more of the same word belongs to it.
+PATTERNS = tuple(
+    pattern if pattern.after or pattern.rest else replace(pattern, rest=r"[A-Za-z0-9_.-]*+") for pattern in _PATTERNS
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 import grpc
 from opentelemetry import trace
@@ -13,12 +14,12 @@ from meshlm.chassis import telemetry
 from meshlm.chassis.errors import MeshError, invalid
 from meshlm.chassis.life import Life
 from meshlm.chassis.telemetry import Name
+from meshlm.guard.checking import AnswerChecks
 from meshlm.guard.config import GuardConfig
 from meshlm.guard.conversation import length_of, turns_of
 from meshlm.guard.judges import Judges
 from meshlm.guard.judging import Turn
-from meshlm.guard.policy import Policies, Policy, act_name
-from meshlm.guard.stream import OutputCheck
+from meshlm.guard.policy import BLOCK, REDACT, Policies, act_name
 from meshlm.v1 import generation_pb2, guard_pb2, guard_pb2_grpc
 
 
@@ -68,89 +69,38 @@ class GuardService(guard_pb2_grpc.GuardServiceServicer):
             raise invalid("input", f"longer than {self._config.max_input_chars} characters")
         verdict = await policy.judge_input(turns, tenant=request.tenant, request_id=request.request_id)
         verdict.latency = time.perf_counter() - begun
+        response = guard_pb2.CheckInputResponse(verdict=verdict, redacts=policy.redacts_input)
+        if verdict.action == REDACT:
+            changed = await policy.redact(request.input)
+            if changed is None:  # token ids: their text cannot be taken out of them
+                verdict.action = response.verdict.action = BLOCK
+            else:
+                response.redacted_input.CopyFrom(changed)
         self._tell("input", verdict)
-        return guard_pb2.CheckInputResponse(verdict=verdict)
+        return response
 
     async def CheckOutput(
         self, requests: AsyncIterator[guard_pb2.CheckOutputRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[guard_pb2.CheckOutputResponse]:
-        policy: Policy | None = None
-        choices: dict[int, _Choice] = {}
-        try:
-            async for request in requests:
-                event = request.WhichOneof("event")
-                if policy is None:
-                    if event != "start":
-                        raise invalid("start", "required first")
-                    policy, start = self._policies.get(request.start.policy), request.start
-                    turns = turns_of(start.input, "", policy.config.trusted_roles)
-                elif event == "text":
-                    choice = choices.get(request.text.choice)
-                    if choice is None:
-                        if len(choices) >= self._config.max_choices:
-                            raise invalid("text.choice", f"more than {self._config.max_choices} choices")
-                        check = policy.output_check(
-                            turns, tenant=start.tenant, request_id=start.request_id, canaries=start.canaries
-                        )
-                        choice = choices[request.text.choice] = _Choice(check)
-                    yield await self._judge_text(policy, choice, request.text)
-                else:
-                    raise invalid("text", "required after the start")
-        finally:
-            for choice in choices.values():
-                # An answer that was cut short counts too; a choice that had its final verdict has been told.
-                if policy is not None and not choice.check.decided:
-                    self._tell("output", choice.verdict(policy))
-                choice.check.close()
-
-    async def _judge_text(
-        self, policy: Policy, choice: _Choice, text: guard_pb2.OutputText
-    ) -> guard_pb2.CheckOutputResponse:
-        check = choice.check
-        if check.ended:
-            raise invalid("text", "the choice has ended")
-        if check.length + len(text.text) > self._config.max_output_chars:
-            raise invalid("text.text", f"the choice is longer than {self._config.max_output_chars} characters")
-        told = check.decided
-        await choice.feed(text.text, last=text.last)
-        verdict = choice.verdict(policy)
-        if check.decided and not told:
-            self._tell("output", verdict)
-        return guard_pb2.CheckOutputResponse(
-            choice=text.choice,
-            released_chars=check.released,
-            verdict=verdict,
-            final=check.decided,
-        )
+        checks = AnswerChecks(self._config, self._policies, partial(self._tell, "output"))
+        async with contextlib.aclosing(checks.responses(requests)) as responses:
+            async for response in responses:
+                yield response
 
     def _tell(self, direction: str, verdict: generation_pb2.Verdict) -> None:
         """Metrics, and attributes of the call's span: never the text."""
         action = act_name(verdict.action)
-        self._verdicts.add(1, {Name.GUARD_DIRECTION: direction, Name.GUARD_ACTION: action})
+        labels = {Name.GUARD_DIRECTION: direction, Name.GUARD_ACTION: action}
+        if verdict.shadow_action:
+            labels[Name.GUARD_SHADOW] = act_name(verdict.shadow_action)
+        self._verdicts.add(1, labels)
         self._seconds.record(verdict.latency, {Name.GUARD_DIRECTION: direction})
         for category in verdict.categories:
             self._findings.add(1, {Name.GUARD_DIRECTION: direction, Name.GUARD_CATEGORY: category})
         span = trace.get_current_span()
         span.set_attribute(Name.GUARD_ACTION, action)
+        if verdict.shadow_action:
+            span.set_attribute(Name.GUARD_SHADOW, act_name(verdict.shadow_action))
         span.set_attribute(Name.GUARD_POLICY, verdict.policy_version)
         if verdict.categories:
             span.set_attribute(Name.GUARD_CATEGORIES, list(verdict.categories))
-
-
-class _Choice:
-    """A choice's check, and the time it took."""
-
-    def __init__(self, check: OutputCheck) -> None:
-        self.check = check
-        self._seconds = 0.0
-
-    async def feed(self, text: str, *, last: bool) -> None:
-        begun = time.perf_counter()
-        await self.check.feed(text, last=last)
-        await self.check.settle()
-        self._seconds += time.perf_counter() - begun
-
-    def verdict(self, policy: Policy) -> generation_pb2.Verdict:
-        verdict = policy.judge_output(self.check)
-        verdict.latency = self._seconds
-        return verdict

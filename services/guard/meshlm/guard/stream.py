@@ -9,164 +9,50 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeVar
+from collections.abc import Callable, Sequence
 
+from meshlm.guard.content import ContentWatch, Weighed
 from meshlm.guard.findings import Finding
-from meshlm.guard.lookback import Lookback, View
-from meshlm.guard.patterns import Pattern, PatternSet
+from meshlm.guard.lookback import View
+from meshlm.guard.watches import Redacted, Redactor, Watch
 
 # A large delta is taken in steps: each step costs in proportion to the tail and to its own length.
 _STEP = 512
-# Stands for the end of the text: it ends every word and number.
-_END = "\n"
 # Windows that may wait for a model's opinion. With more, whoever sends text waits.
 _OUTSTANDING = 2
-
-
-class Watch(Protocol):
-    """Looks for one kind of thing in a growing text, until it finds it.
-
-    What it finds, where, and what it lets go by then depend on the text so far, not on how it came. A check copies
-    its watches (`copy.copy`): their state is values that are replaced, never changed in place.
-    """
-
-    # What was found; None so far.
-    found: Finding | None
-    # Characters of the text that it took to find it; where it took the end, one more than the text has.
-    decided_at: int
-    # Characters of the text that cannot be part of a finding any more. Never falls.
-    clear: int
-
-    def feed(self, text: str, *, last: bool = False) -> bool:
-        """Take the next characters, at most some hundreds; `last`: the text ends with them. Whether something has been
-        found, now or before. Not called again after `last`."""
-        ...
-
-
-class PatternWatch:
-    """Looks for a set of patterns."""
-
-    def __init__(self, patterns: PatternSet) -> None:
-        self._patterns = patterns
-        self._tail = ""
-        self._offset = 0  # of the tail, in the text
-        self.found: Finding | None = None
-        self.decided_at = 0
-        self.clear = 0
-
-    def feed(self, text: str, *, last: bool = False) -> bool:
-        """See `Watch`."""
-        if self.found is not None:
-            return True
-        if last:
-            text += _END
-        tail, known = self._tail + text, len(self._tail)
-        begin = min(1, self._offset)  # the first character is context, but for the text's own first
-        decided = self._patterns.first(tail, begin, known)
-        if decided is not None:
-            finding, end = decided
-            held = min(finding.start, self._patterns.hold(tail[: end - 1], begin))
-            self.clear, self.decided_at = self._offset + held, self._offset + end
-            self.found = replace(finding, start=finding.start + self._offset, end=finding.end + self._offset)
-            self._tail = ""
-            return True
-        held = self._patterns.hold(tail, begin)
-        self.clear = self._offset + held
-        # One character more is kept: patterns look at what stands before them.
-        cut = max(0, held - 1)
-        self._tail, self._offset = tail[cut:], self._offset + cut
-        return False
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """What a policy makes of a model's opinion of a window."""
-
-    # `hard`: stop at once. `soft`: stop if the next window says so too, or if the answer ends here. `flag`: tell.
-    grade: Literal["clean", "flag", "soft", "hard"] = "clean"
-    # What is wrong, with characters of the view. Set unless `clean`.
-    finding: Finding | None = None
-    # Who judged.
-    detectors: tuple[str, ...] = ()
-
-
-# Weighs one view of the answer. Raises MeshError GUARD_UNAVAILABLE where no model can and the policy refuses then.
-Weigh = Callable[[View], Awaitable[Weighed]]
-
-
-class ContentWatch:
-    """What a model's opinions of an answer's windows come to, taken in the order of the windows."""
-
-    def __init__(self, weigh: Weigh, windows: Sequence[int], *, strict: bool) -> None:
-        """`windows`: see `Lookback`. `strict`: hold what is not judged, and what is in doubt."""
-        self.weigh = weigh
-        self.lookback = Lookback(windows)
-        self._strict = strict
-        self._doubt: Finding | None = None  # of the last window, if it was soft
-        self.found: Finding | None = None
-        self.decided_at = 0
-        self.flagged: Finding | None = None
-        self.flagged_at = 0
-        self.judged = 0  # characters
-        self.detectors: tuple[str, ...] = ()
-        self._cleared = 0  # characters judged that are not in doubt
-
-    def clear(self, length: int) -> int:
-        """Characters that this watch lets go, of `length`."""
-        if self.found is not None:
-            return min(length, self._cleared)
-        return self._cleared if self._strict else length
-
-    def take(self, view: View, weighed: Weighed, *, last: bool) -> None:
-        """The opinion of the next window; `last`: the answer ends with it."""
-        self.judged = view.end
-        self.detectors = weighed.detectors or self.detectors
-        finding = weighed.finding
-        if finding is not None:
-            start, end = view.place(finding.start, finding.end)
-            finding = replace(finding, start=start, end=end)
-        if weighed.grade == "hard" or (weighed.grade == "soft" and (last or self._doubt is not None)):
-            self._stop(finding)
-            return
-        if finding is not None and self.flagged is None:
-            self.flagged, self.flagged_at = finding, view.end
-        self._doubt = finding if weighed.grade == "soft" else None
-        if self._doubt is None:
-            self._cleared = view.end
-
-    def end(self) -> None:
-        """The answer ends where the last window did: nothing more can dispel a doubt."""
-        if self._doubt is not None:
-            self._stop(self._doubt)
-
-    def _stop(self, finding: Finding | None) -> None:
-        self.found, self.decided_at = finding, self.judged
-        if self.flagged_at >= self.judged:
-            self.flagged = None
-
-
-_W = TypeVar("_W", bound=Watch)
 
 
 class OutputCheck:
     """The check of one choice."""
 
     def __init__(
-        self, blocking: Sequence[Watch], flagging: Sequence[Watch] = (), content: ContentWatch | None = None
+        self,
+        blocking: Sequence[Watch],
+        flagging: Sequence[Watch] = (),
+        content: ContentWatch | None = None,
+        redactor: Redactor | None = None,
+        *,
+        shadow: bool = False,
     ) -> None:
-        """`blocking` stop the answer, `flagging` only tell."""
-        self._blocking = list(blocking)
+        """`blocking` stop the answer, `flagging` only tell. `shadow`: nothing is held, stopped or replaced."""
+        # Those for which text is held; the redactor comes last, if there is one.
+        self._holding: list[Watch] = [*blocking, *([] if redactor is None else [redactor])]
+        self._redacts = redactor is not None
         self._flagging = list(flagging)
         self._content = content
+        self._shadow = shadow
         self._waiting: deque[tuple[View, bool, asyncio.Task[Weighed]]] = deque()
         self._stopped: Watch | None = None
+        self._failure: BaseException | None = None
         self._length = 0
         self._seen = 0  # by the watches
         self._released = 0
         self._ended = False
+        self.seconds = 0.0  # spent on it, by rules and models
+        # Called when an opinion was taken while nobody fed.
+        self.on_change: Callable[[], None] = lambda: None
 
     @property
     def length(self) -> int:
@@ -179,9 +65,9 @@ class OutputCheck:
         return self._released
 
     @property
-    def judged(self) -> int:
-        """Characters that all have judged, models too; never falls."""
-        return self._seen_text if self._content is None else min(self._seen_text, self._content.judged)
+    def judged(self) -> int | None:
+        """Characters that a model has judged, and that stand; never falls. None where no model judges."""
+        return None if self._content is None else self._content.standing
 
     @property
     def ended(self) -> bool:
@@ -191,26 +77,33 @@ class OutputCheck:
     @property
     def blocked(self) -> Finding | None:
         """What stops the answer: what is decided by the shortest text."""
-        content = self._content.found if self._content is not None else None
-        if self._stopped is None or (content is not None and self._content_first()):
-            return content
-        return self._stopped.found
+        content = self._content
+        if content is not None and content.found is not None:
+            first = self._stopped is None or content.decided_at < self._stopped.decided_at
+            return content.found if first or self._stopped is None else self._stopped.found
+        return None if self._stopped is None else self._stopped.found
 
     @property
     def decided(self) -> bool:
         """Whether the verdict is final: the text has ended, or is stopped, and no opinion is awaited."""
-        if self._content is not None and self._content.found is not None:
-            return True
-        return (self._ended or self._stopped is not None) and not self._waiting
+        stopped = self._stopped is not None or (self._content is not None and self._content.found is not None)
+        return (self._ended or (stopped and not self._shadow)) and not self._waiting
 
     @property
     def flagged(self) -> list[Finding]:
         """What is only told, of the text that counts."""
-        end = self._content.decided_at if self._content is not None and self._content.found is not None else None
-        found = [w.found for w in self._flagging if w.found is not None and (end is None or w.decided_at <= end)]
+        found = [w.found for w in self._flagging if w.found is not None and self._counts(w.decided_at)]
         if self._content is not None and self._content.flagged is not None:
             found.append(self._content.flagged)
         return found
+
+    @property
+    def redacted(self) -> list[Redacted]:
+        """What is replaced, in order, of the text that counts."""
+        redactor = self._holding[-1] if self._redacts else None
+        if not isinstance(redactor, Redactor):
+            return []
+        return [redacted for redacted in redactor.redacted if self._counts(redacted.decided_at)]
 
     @property
     def detectors(self) -> tuple[str, ...]:
@@ -223,56 +116,52 @@ class OutputCheck:
         Raises MeshError GUARD_UNAVAILABLE.
         """
         at = 0
+        self._length += len(text)
         while at < len(text) and self.blocked is None:
-            step = min(_STEP, len(text) - at)
+            step = text[at : at + _STEP]
             if self._content is not None:
-                step = self._content.lookback.room(text[at : at + step])
-            self._look(text[at : at + step])
-            if (
-                self._content is not None
-                and self._stopped is None
-                and self._content.lookback.feed(text[at : at + step])
-            ):
+                step = step[: self._content.lookback.room(step)]
+            self._look(step)
+            if self._content is not None and self._stopped is None and self._content.lookback.feed(step):
                 await self._judge(last=False)
-            at += step
+            at += len(step)
             if at < len(text):
                 await asyncio.sleep(0)  # a long text is no reason for other streams to wait
-        self._length += len(text)
         if last and not self._ended:
-            self._ended = True
             if self.blocked is None:
                 self._look("", last=True)
             if self.blocked is None and self._content is not None:
                 await self._judge(last=True)
+            self._ended = True
         self._release()
+        self.raise_failure()
 
     async def settle(self) -> None:
         """Wait for all opinions that are awaited. Raises MeshError GUARD_UNAVAILABLE."""
         while self._waiting:
-            await self.next_opinion()
+            await self._next_opinion()
+        self.raise_failure()
 
-    async def next_opinion(self) -> None:
-        """Wait for the oldest opinion that is awaited, and take it. Raises MeshError GUARD_UNAVAILABLE."""
-        await asyncio.wait([self._waiting[0][2]])
-        self._collect()
+    @property
+    def failed(self) -> bool:
+        """Whether a model could not judge, and the policy refuses then."""
+        return self._failure is not None
+
+    def raise_failure(self) -> None:
+        """Raises MeshError GUARD_UNAVAILABLE if it failed."""
+        if self._failure is not None:
+            raise self._failure
 
     def close(self) -> None:
         """Nobody needs the rest: opinions still awaited are cancelled."""
         for *_, task in self._waiting:
-            if not task.cancel() and not task.cancelled():
-                task.exception()  # it failed, and need not be told
+            task.cancel()
         self._waiting.clear()
 
-    @property
-    def _seen_text(self) -> int:
-        return min(self._seen, self._length)
-
-    def _content_first(self) -> bool:
-        return (
-            self._content is not None
-            and self._stopped is not None
-            and self._content.decided_at < self._stopped.decided_at
-        )
+    def _counts(self, decided_at: int) -> bool:
+        """Whether what is decided there comes before what a model stops: watches may be ahead of it."""
+        content = self._content
+        return content is None or content.found is None or decided_at <= content.decided_at
 
     async def _judge(self, *, last: bool) -> None:
         """Ask for an opinion of the text so far; wait while too many are awaited."""
@@ -287,55 +176,80 @@ class OutputCheck:
                 content.end()
             return
         view = content.lookback.view()
-        self._waiting.append((view, last, asyncio.ensure_future(content.weigh(view))))
+        task = asyncio.ensure_future(self._timed(content, view))
+        self._waiting.append((view, last, task))
+        task.add_done_callback(self._arrived)
         await asyncio.sleep(0)  # a model in this process has judged by then
         self._collect()
         while len(self._waiting) > _OUTSTANDING:
-            await self.next_opinion()
+            await self._next_opinion()
 
-    def _collect(self) -> None:
-        """Take the opinions that are there, in order."""
-        content = self._content
+    async def _timed(self, content: ContentWatch, view: View) -> Weighed:
+        begun = time.perf_counter()
+        try:
+            return await content.weigh(view)
+        finally:
+            self.seconds += time.perf_counter() - begun
+
+    async def _next_opinion(self) -> None:
+        """Wait for the oldest opinion that is awaited, and take it."""
+        await asyncio.wait([self._waiting[0][2]])
+        self._collect()
+
+    def _arrived(self, task: asyncio.Task[Weighed]) -> None:
+        if task.cancelled():
+            return
+        task.exception()  # taken in its turn, or nobody's any more
+        if self._collect():
+            self.on_change()
+
+    def _collect(self) -> bool:
+        """Take the opinions that are there, in order. Whether there were any."""
+        content, taken = self._content, False
         while content is not None and self._waiting and self._waiting[0][2].done():
             view, last, task = self._waiting.popleft()
+            taken = True
+            if (failure := task.exception()) is not None:
+                self._failure = self._failure or failure
+                self.close()
+                break
             content.take(view, task.result(), last=last)
             if content.found is not None:
                 self.close()
         self._release()
+        return taken
 
     def _release(self) -> None:
-        if self.blocked is None and self._ended and not self._waiting:
+        if self._shadow:
+            clear = self._length
+        elif self._failure is not None:
+            return
+        elif self.blocked is None and self._ended and not self._waiting:
             clear = self._length
         else:
-            clear = min((watch.clear for watch in self._blocking), default=self._seen_text)
-            clear = min(clear, self._seen_text)
+            clear = min([self._seen, *(watch.clear for watch in self._holding)])
             if self._content is not None:
                 clear = self._content.clear(clear)
         self._released = max(self._released, clear)
 
     def _look(self, text: str, *, last: bool = False) -> None:
         """Let the watches see the next characters, up to where the first of them finds something."""
-        before = [copy.copy(watch) for watch in self._blocking]
-        found = [watch for watch in self._blocking if watch.feed(text, last=last)]
+        begun = time.perf_counter()
+        before = [copy.copy(watch) for watch in self._holding]
+        found = [index for index, watch in enumerate(self._holding) if watch.feed(text, last=last)]
         if found:
-            self._stopped = min(found, key=lambda watch: watch.decided_at)
+            chosen = min(found, key=lambda index: self._holding[index].decided_at)
+            self._stopped = self._holding[chosen]
             # What comes after the end of an answer is not judged, or verdicts would depend on the last delta's size.
             end = max(0, self._stopped.decided_at - self._seen)
             last = last and end > len(text)
             text = text[:end]
-            chosen = self._blocking.index(self._stopped)
-            self._blocking = [w if i == chosen else _fed(before[i], text, last) for i, w in enumerate(self._blocking)]
+            before[chosen] = self._stopped
+            for index, watch in enumerate(before):
+                if index != chosen:
+                    watch.feed(text, last=last)
+            self._holding = before
         self._seen += len(text)
         for watch in self._flagging:
             watch.feed(text, last=last)
-
-
-def _fed(watch: _W, text: str, last: bool) -> _W:
-    watch.feed(text, last=last)
-    return watch
-
-
-def by_category(patterns: Sequence[Pattern]) -> list[PatternSet]:
-    """One set for each category, so that each is found once."""
-    categories = dict.fromkeys(pattern.category for pattern in patterns)
-    return [PatternSet(p for p in patterns if p.category == category) for category in categories]
+        self.seconds += time.perf_counter() - begun

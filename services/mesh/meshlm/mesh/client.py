@@ -22,7 +22,7 @@ import grpc
 
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
-from meshlm.mesh.events import Answer, End, Event, Start, StreamReader, Text, answer_of
+from meshlm.mesh.events import Answer, End, Event, Moderated, Start, StreamReader, Text, answer_of
 from meshlm.mesh.requests import Asked, Turn, generation, input_of
 from meshlm.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 
@@ -48,7 +48,9 @@ class AsyncMesh:
     async def stream(
         self, *, deadline: float | None = None, resumes: int = 0, request_id: str = "", **asked: Unpack[Asked]
     ) -> AsyncGenerator[Event, None]:
-        """A `Start`, then `Text` as it is made, then an `End`. Raises MeshError.
+        """A `Start`, then `Text` as it is made, `Moderated` where the guard says something of it, then an `End`.
+
+        Raises MeshError.
 
         `resumes` is how many times a stream that broke may be gone on with; each resume tells a `Start` of its own.
         It needs a request with one choice.
@@ -244,4 +246,4 @@ def _left(ends_at: float | None) -> float | None:
     return None if ends_at is None else max(0.0, ends_at - time.monotonic())
 
 
-__all__ = ["Answer", "AsyncMesh", "End", "Event", "Mesh", "MeshError", "Reason", "Start", "Text"]
+__all__ = ["Answer", "AsyncMesh", "End", "Event", "Mesh", "MeshError", "Moderated", "Reason", "Start", "Text"]

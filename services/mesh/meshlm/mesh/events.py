@@ -41,6 +41,22 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Moderated:
+    """What the guard says of one choice's answer. Offsets are characters of the choice's text, from its beginning."""
+
+    choice: int
+    # `pass`: the text up to `check_offset` was judged, and stands. `retract`: the range was told as `Text` and should
+    # not have been: take it back from whoever saw it. `stop`: the choice ends before the text that this is about.
+    action: str
+    check_offset: int
+    char_start: int
+    char_end: int
+    categories: Sequence[str]
+    # Confidence of the strongest finding. Range [0, 1].
+    score: float
+
+
+@dataclass(frozen=True)
 class End:
     """The stream's last event."""
 
@@ -56,7 +72,7 @@ class End:
     replicas: Sequence[str] = ()
 
 
-Event = Start | Text | End
+Event = Start | Text | Moderated | End
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,8 @@ class StreamReader:
             return end_of(message.end, self._total(), self.finish_reasons, self.matched_stops)
         if kind == "chunk":
             return self._text(message.chunk, self._total())
+        if kind == "moderation":
+            return moderated_of(message.moderation)
         return None
 
     def resume(self, request: inference_pb2.StreamGenerateRequest) -> None:
@@ -154,6 +172,19 @@ def start_of(message: inference_pb2.StreamStart, offset: int = 0) -> Start:
     admission = message.admission if message.HasField("admission") else None
     routing, verdict = message.routing, message.input_verdict
     return Start(message.request_id, message.trace_id, routing, verdict, limits, offset, seed, admission)
+
+
+def moderated_of(message: inference_pb2.Moderation) -> Moderated:
+    """The event for the guard's word on an answer."""
+    return Moderated(
+        choice=message.choice,
+        action=inference_pb2.Moderation.Action.Name(message.action).removeprefix("ACTION_").lower(),
+        check_offset=message.check_offset,
+        char_start=message.char_start,
+        char_end=message.char_end,
+        categories=tuple(message.categories),
+        score=message.score,
+    )
 
 
 def end_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from meshlm.mesh.events import End, Event, Start, Text
+from meshlm.mesh.events import End, Event, Moderated, Start, Text
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Told:
     _begun: float = field(default_factory=time.perf_counter, repr=False)
 
     def hear(self, event: Event) -> str:
-        """The text that this event adds."""
+        """What this event adds to what the reader sees: text, or a word on it."""
         self.total = time.perf_counter() - self._begun
         match event:
             case Start():
@@ -32,6 +32,11 @@ class Told:
                 self.text += text
                 self.tokens = usage.completion_tokens
                 return text
+            case Moderated(action="retract", char_start=start):
+                self.text = self.text[:start]
+                return f" [the guard took back the last of this: {', '.join(event.categories)}]"
+            case Moderated(action="stop"):
+                return f" [stopped by the guard: {', '.join(event.categories)}]"
             case End(usage):
                 self.end, self.tokens = event, usage.completion_tokens
         return ""

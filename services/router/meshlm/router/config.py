@@ -177,6 +177,12 @@ class RouterConfig:
     default_deadline_seconds: float = 600.0
     # Seconds the guard may take for an input, or for one piece of an answer.
     guard_seconds: float = 10.0
+    # Tokens of a stream that the guard may not have taken yet; with more, the worker waits for it.
+    guard_hold_tokens: int = 128
+    # Times in a row that the guard does not answer, after which it is not waited for; 0: it always is.
+    guard_failures: int = 3
+    # Seconds after which one request tries again whether the guard answers.
+    guard_retry_seconds: float = 1.0
     # Seconds the cache may take to find an answer (waiting for another's flight is extra).
     cache_seconds: float = 1.0
     # Seconds to wait for another request's identical answer before making one's own.
@@ -195,6 +201,8 @@ class RouterConfig:
             raise ValueError("emergency_share must be in (0, 1]")
         if self.lease_seconds < 1 or self.reservation_seconds < self.lease_seconds:
             raise ValueError("lease_seconds must be at least 1, and reservation_seconds at least that")
+        if self.guard_hold_tokens < 1 or self.guard_failures < 0:
+            raise ValueError("guard_hold_tokens must be at least 1, and guard_failures at least 0")
         if self.default_max_tokens < 1:
             raise ValueError("default_max_tokens must be at least 1")
         for name, values in (("id", [k.id for k in self.keys]), ("secret_hash", [k.secret_hash for k in self.keys])):

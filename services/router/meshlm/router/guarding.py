@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections import deque
-from collections.abc import Awaitable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import structlog
 from opentelemetry.trace import Span
 
+from meshlm.chassis import telemetry
+from meshlm.chassis.breaker import Breaker
 from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error, invalid
 from meshlm.chassis.telemetry import Name, client_span, fail
 from meshlm.router.config import KeyConfig, RouterConfig
+from meshlm.router.window import OutputWindow
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import guard_pb2, guard_pb2_grpc
 
 log = structlog.get_logger()
 
 _SERVICE = "meshlm.v1.GuardService"
-T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Screened:
+    """What the guard made of an input."""
+
+    verdict: pb.Verdict | None = None
+    # What a model may see in the input's place, where the policy replaced something.
+    redacted: pb.Input | None = None
 
 
 class Guards:
@@ -32,8 +40,14 @@ class Guards:
 
     def __init__(self, config: RouterConfig) -> None:
         self._channel = open_channel(config.guard, retryable=[(_SERVICE, "CheckInput")]) if config.guard else None
-        self._stub: Any = guard_pb2_grpc.GuardServiceStub(self._channel) if self._channel is not None else None
-        self._seconds = config.guard_seconds
+        self.stub: Any = guard_pb2_grpc.GuardServiceStub(self._channel) if self._channel is not None else None
+        self.seconds = config.guard_seconds
+        self.hold_tokens = config.guard_hold_tokens
+        self._redacting: dict[str, bool] = {}  # by policy: whether it may change inputs, as it last said
+        self.breaker = Breaker(config.guard_failures, config.guard_retry_seconds)
+        self._failures = telemetry.meter().create_counter(
+            Name.GUARD_FAILURES, "1", "Times the guard did not answer, by cause and what followed"
+        )
 
     async def stop(self) -> None:
         if self._channel is not None:
@@ -41,33 +55,43 @@ class Guards:
 
     async def check_input(
         self, request_id: str, key: KeyConfig, source: pb.Input, token_text: str, *, seconds_left: float
-    ) -> pb.Verdict | None:
-        """The verdict; None where there is no guard, or where it failed and the key's policy lets that pass.
+    ) -> Screened:
+        """What the guard says of an input; nothing where there is none, or where it failed and the key lets that pass.
 
         Raises MeshError INJECTION_SUSPECTED, PROMPT_UNSAFE, REQUEST_INVALID, GUARD_UNAVAILABLE or DEADLINE.
         """
-        if self._stub is None:
-            return None
+        if self.stub is None:
+            return Screened()
         request = guard_pb2.CheckInputRequest(
             request_id=request_id, tenant=key.tenant, policy=key.guard_policy, input=source, token_text=token_text
         )
         with client_span(_SERVICE, "CheckInput") as span:
-            timeout = min(self._seconds, seconds_left)
+            timeout = min(self.seconds, seconds_left)
             try:
-                response = await self._stub.CheckInput(request, timeout=timeout, metadata=outgoing_metadata())
-            except grpc.RpcError as error:
-                fail(span, error.code().name)
-                if timeout < self._seconds and error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                self.admit()
+                response = await self.stub.CheckInput(request, timeout=timeout, metadata=outgoing_metadata())
+            except (grpc.RpcError, MeshError) as error:
+                late = isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+                fail(span, _cause(error))
+                if timeout < self.seconds and late:
                     raise MeshError(Reason.DEADLINE, "the deadline passed") from None
                 if _declined(error) in ("", "input"):  # not `policy`, which is no fault of the caller's
                     raise invalid("generation.input", "longer than the guard can judge") from None
-                _on_failure(key, error)
-                return None
+                self.failed(key, error)
+                return Screened()
+            self.breaker.succeed()
             _describe(span, response.verdict)
         if response.verdict.action == pb.Verdict.ACTION_BLOCK:
             raise _refusal(response.verdict)
-        verdict: pb.Verdict = response.verdict
-        return verdict
+        first, self._redacting[key.guard_policy] = self.comes_first(key), response.redacts
+        redacted = response.redacted_input if response.HasField("redacted_input") else None
+        if redacted is not None and not first:  # others may have seen the input by now
+            raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard's policy has changed", retry_after=0.0)
+        return Screened(response.verdict, redacted)
+
+    def comes_first(self, key: KeyConfig) -> bool:
+        """Whether nobody else may see the key's inputs before the guard did: its policy may replace parts of them."""
+        return self.stub is not None and self._redacting.get(key.guard_policy, True)
 
     def open_output(
         self, request_id: str, key: KeyConfig, source: pb.Input, canaries: Sequence[str] = ()
@@ -76,148 +100,71 @@ class Guards:
         start = guard_pb2.OutputCheckStart(
             request_id=request_id, tenant=key.tenant, policy=key.guard_policy, input=source, canaries=canaries
         )
-        return OutputWindow(self._stub, start, key, self._seconds)
+        return OutputWindow(_Ward(self, key), start)
+
+    def admit(self) -> None:
+        """Raises MeshError GUARD_UNAVAILABLE while the guard is known to be down: it is not waited for each time."""
+        if not self.breaker.allows():
+            raise _DownError
+
+    def failed(self, key: KeyConfig, error: BaseException) -> None:
+        """The guard cannot answer, or will not. Raises MeshError GUARD_UNAVAILABLE, unless the key's policy lets an
+        answer pass that the guard is not there to judge."""
+        cause = _cause(error)
+        log.warning("the guard does not answer", failure=key.guard_failure, cause=cause, error=type(error).__name__)
+        if cause not in ("declined", "refused", "breaker"):
+            self.breaker.fail()
+        allowed = key.guard_failure == "allow" and cause not in ("declined", "refused")
+        self._failures.add(1, {Name.GUARD_CAUSE: cause, Name.GUARD_FAILURE: "allow" if allowed else "refuse"})
+        if cause == "declined":  # it does answer: callers must not get by with what it will not judge
+            raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard cannot judge this text") from None
+        if not allowed:
+            raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard does not answer", retry_after=1.0) from None
 
 
-@dataclass
-class _Held:
-    """A choice's chunks that no verdict covers yet."""
+class _DownError(MeshError):
+    """The breaker is open."""
 
-    chunks: deque[tuple[pb.Chunk, int]] = field(default_factory=deque)  # with the end of its text, characters
-    chars: int = 0  # of the choice's whole text so far
-    verdict: pb.Verdict | None = None
-    blocked: bool = False
+    def __init__(self) -> None:
+        super().__init__(Reason.GUARD_UNAVAILABLE, "the guard does not answer", retry_after=1.0)
 
 
-class OutputWindow:
-    """Between worker and client: holds each chunk until the guard's verdict covers its text.
+class _Ward:
+    """The guard, for one key's answer."""
 
-    Chunks come out whole and in order. Once the guard blocks a choice, what is held of it is dropped, and its last
-    chunk says CONTENT_FILTER.
-    """
-
-    def __init__(self, stub: Any, start: guard_pb2.OutputCheckStart, key: KeyConfig, seconds: float) -> None:
-        self._stub = stub
-        self._start = start
+    def __init__(self, guards: Guards, key: KeyConfig) -> None:
+        self._guards = guards
         self._key = key
-        self._seconds = seconds
-        self._call: Any = None
-        self._open = stub is not None  # false once the guard failed and the key's policy let that pass
-        self._held: dict[int, _Held] = {}
+        self.stub, self.seconds, self.hold_tokens = guards.stub, guards.seconds, guards.hold_tokens
 
-    async def open(self) -> None:
-        """Begin the check while the worker still computes, so that the first text does not wait for it.
+    def admit(self) -> None:
+        """See `Guards.admit`."""
+        self._guards.admit()
 
-        Raises MeshError GUARD_UNAVAILABLE.
-        """
-        if self._open:
-            await self._guarded(self._begin())
+    def answered(self) -> None:
+        """It is there."""
+        self._guards.breaker.succeed()
 
-    async def pass_through(self, chunk: pb.Chunk, skipped: str = "") -> list[pb.Chunk]:
-        """The chunks of this choice that may go out now; `skipped` is text before it that went out in another stream.
-
-        Raises MeshError GUARD_UNAVAILABLE.
-        """
-        held = self._held.setdefault(chunk.choice, _Held())
-        if held.blocked:
-            return []
-        text = skipped + chunk.text
-        held.chars += len(text)
-        held.chunks.append((chunk, held.chars))
-        last = chunk.finish_reason != pb.FINISH_REASON_UNSPECIFIED
-        released = await self._judge(chunk.choice, text, last) if self._open and (text or last) else None
-        if released is None:
-            return list(_pop(held, held.chars if not self._open else _released_before(held)))
-        held.verdict = released.verdict
-        ready = list(_pop(held, released.released_chars))
-        if released.verdict.action == pb.Verdict.ACTION_BLOCK:
-            held.blocked = True
-            ready.append(_stopped(held, chunk.choice, ready))
-        return ready
-
-    @property
-    def judged(self) -> bool:
-        """Whether all that went out was judged, if there is a guard at all."""
-        return self._open or self._stub is None
-
-    @property
-    def blocked(self) -> bool:
-        """Whether some choice was stopped."""
-        return any(held.blocked for held in self._held.values())
-
-    def verdicts(self) -> list[pb.Verdict]:
-        """One for each choice that the guard judged, in order."""
-        return [held.verdict for _, held in sorted(self._held.items()) if held.verdict is not None]
-
-    async def finish(self) -> None:
-        """All is judged: let the guard end its side by itself."""
-        if self._call is not None:
-            with contextlib.suppress(grpc.RpcError, TimeoutError, asyncio.InvalidStateError):
-                async with asyncio.timeout(self._seconds):
-                    await self._call.done_writing()
-                    await self._call.read()
-
-    def close(self) -> None:
-        """Cancel the check if it still runs."""
-        if self._call is not None:
-            self._call.cancel()
-            self._call = None
-
-    async def _judge(self, choice: int, text: str, last: bool) -> guard_pb2.CheckOutputResponse | None:
-        return await self._guarded(self._ask(guard_pb2.OutputText(choice=choice, text=text, last=last)))
-
-    async def _begin(self) -> None:
-        self._call = self._stub.CheckOutput(metadata=outgoing_metadata())
-        await self._call.write(guard_pb2.CheckOutputRequest(start=self._start))
-
-    async def _ask(self, text: guard_pb2.OutputText) -> guard_pb2.CheckOutputResponse:
-        with contextlib.suppress(asyncio.InvalidStateError):  # the guard ended its side: reading tells why
-            await self._call.write(guard_pb2.CheckOutputRequest(text=text))
-        answer = await self._call.read()
-        if answer is grpc.aio.EOF:
-            raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard ended its stream")
-        response: guard_pb2.CheckOutputResponse = answer
-        return response
-
-    async def _guarded(self, talk: Awaitable[T]) -> T | None:
-        """Its result, within the time a guard has; None where it failed and the key's policy lets that pass."""
-        try:
-            async with asyncio.timeout(self._seconds):
-                return await talk
-        except (grpc.RpcError, TimeoutError, asyncio.InvalidStateError, MeshError) as error:
-            self.close()
-            _on_failure(self._key, error)
-            self._open = False
-            return None
+    def failed(self, error: BaseException) -> None:
+        """See `Guards.failed`."""
+        self._guards.failed(self._key, error)
 
 
-def _released_before(held: _Held) -> int:
-    """Chunks without text (token counts) follow what went out before them, and never overtake held text."""
-    return held.chars if len(held.chunks) == 1 else -1
-
-
-def _pop(held: _Held, chars: int) -> Iterator[pb.Chunk]:
-    while held.chunks and held.chunks[0][1] <= chars:
-        yield held.chunks.popleft()[0]
-
-
-def _stopped(held: _Held, choice: int, ready: list[pb.Chunk]) -> pb.Chunk:
-    dropped = held.chunks[0][0] if held.chunks else None
-    held.chunks.clear()
-    if dropped is not None:
-        offset = dropped.token_offset
-    else:
-        offset = ready[-1].token_offset + ready[-1].token_count if ready else 0
-    return pb.Chunk(choice=choice, token_offset=offset, finish_reason=pb.FINISH_REASON_CONTENT_FILTER)
-
-
-def _on_failure(key: KeyConfig, error: BaseException) -> None:
-    """Raises MeshError GUARD_UNAVAILABLE, unless the guard cannot answer and the key's policy lets that pass."""
-    log.warning("the guard does not answer", failure=key.guard_failure, error=type(error).__name__)
-    if _declined(error) is not None:  # it does answer: callers must not get by with what it will not judge
-        raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard cannot judge this text") from None
-    if key.guard_failure == "refuse":
-        raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard does not answer", retry_after=1.0) from None
+def _cause(error: BaseException) -> str:
+    """`declined`: it will not judge this; `refused`: it has no model now, and its policy is to refuse then;
+    `nonsense`, `breaker`, `late` or `unreachable`: it is not there."""
+    if isinstance(error, _DownError):
+        return "breaker"
+    if isinstance(error, MeshError):
+        return "nonsense"
+    if isinstance(error, grpc.RpcError):
+        answer = from_rpc_error(error)
+        if answer.reason == Reason.REQUEST_INVALID:
+            return "declined"
+        if answer.reason == Reason.GUARD_UNAVAILABLE:
+            return "refused"
+        return "late" if answer.reason == Reason.DEADLINE else "unreachable"
+    return "late" if isinstance(error, TimeoutError) else "unreachable"
 
 
 def _declined(error: BaseException) -> str | None:

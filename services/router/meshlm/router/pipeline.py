@@ -84,6 +84,8 @@ class Pipeline:
             await self._choose(work)
             screening = asyncio.create_task(self._screen(work))
             try:
+                if self._guards.comes_first(work.key):
+                    await screening  # its policy may change the input: nobody sees it before
                 await self._look_up(work, screening)
                 stream = self._replay(work) if work.lookup.answer is not None else self._generate(work, screening)
                 async with contextlib.aclosing(stream):
@@ -185,11 +187,13 @@ class Pipeline:
     async def _screen(self, work: Work) -> pb.Verdict | None:
         begun = time.perf_counter()
         text = await token_text(work)
-        verdict = await self._guards.check_input(
+        screened = await self._guards.check_input(
             work.request_id, work.key, work.generation.input, text, seconds_left=work.seconds_left()
         )
         work.timing.guard = time.perf_counter() - begun
-        return verdict
+        if screened.redacted is not None:
+            work.generation.input.CopyFrom(screened.redacted)
+        return screened.verdict
 
     async def _look_up(self, work: Work, screening: asyncio.Task[pb.Verdict | None]) -> None:
         """Leaves an answer in `work.lookup` only if its input passes the guard now, under the policy it was made."""
@@ -234,21 +238,22 @@ class Pipeline:
             await window.open()
             budget = await self._open_budget(work)
             yield self._tell(work, start=self._start(work))
-            async for message in call.messages():
-                work.usage = message.usage
-                if message.HasField("chunk"):
-                    for chunk in await window.pass_through(message.chunk, message.skipped_text):
-                        if not (budget.covers(after := work.after(chunk)) or await budget.secure(after)):
+            async with contextlib.aclosing(window.through(call.messages())) as events:
+                async for event in events:
+                    if isinstance(event, pb.Chunk):
+                        if not (budget.covers(after := work.after(event)) or await budget.secure(after)):
                             work.output_verdicts = window.verdicts()
                             for response in self._cut(work):
                                 yield response
                             raise budget.error(work.billed)
-                        work.note(chunk)
-                        yield self._tell(work, chunk=chunk)
-                if message.HasField("end"):
-                    work.note_engine(message.end.timing)
-                elif work.complete and window.blocked:
-                    break  # the worker does not know that nobody wants the rest
+                        work.note(event)
+                        yield self._tell(work, chunk=event)
+                    elif isinstance(event, inference_pb2.Moderation):
+                        yield self._tell(work, moderation=event)
+                    else:
+                        work.note_worker(event)
+                    if work.complete and window.blocked:
+                        break  # the worker does not know that nobody wants the rest
             work.output_verdicts, work.judged = window.verdicts(), window.judged
             yield self._tell(work, end=self._end(work))
             await window.finish()

@@ -111,6 +111,8 @@ class _Whole:
             self._response.end.CopyFrom(response.end)
         elif kind == "chunk":
             self._add_chunk(response.chunk)
+        elif kind == "moderation" and response.moderation.action == pb.Moderation.ACTION_RETRACT:
+            self._retract(response.moderation)
 
     def _add_chunk(self, chunk: Chunk) -> None:
         choice = self._choices.setdefault(chunk.choice, pb.Choice(index=chunk.choice))
@@ -120,6 +122,14 @@ class _Whole:
         choice.finish_reason = chunk.finish_reason
         if chunk.HasField("matched_stop"):
             choice.matched_stop = chunk.matched_stop
+
+    def _retract(self, moderation: pb.Moderation) -> None:
+        """What a stream's reader is told to take back is never given here."""
+        index = moderation.choice
+        self._texts[index] = ["".join(self._texts.get(index, ()))[: moderation.char_start]]
+        choice = self._choices.setdefault(index, pb.Choice(index=index))
+        del choice.token_ids[:]
+        del choice.logprobs[:]
 
     def response(self) -> pb.GenerateResponse:
         for index, choice in sorted(self._choices.items()):

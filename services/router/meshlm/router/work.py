@@ -25,7 +25,7 @@ from meshlm.router.residency import ANYWHERE, Regions
 from meshlm.router.routes import Decision, Query
 from meshlm.router.wording import Wording, word
 from meshlm.v1 import generation_pb2 as pb
-from meshlm.v1 import inference_pb2
+from meshlm.v1 import inference_pb2, worker_pb2
 
 if TYPE_CHECKING:
     from meshlm.router.vigilance import Assessment
@@ -238,9 +238,12 @@ class Work:
         self.made.extend(chunk.token_ids)
         self.known = self.known and len(chunk.token_ids) == chunk.token_count
 
-    def note_engine(self, timing: pb.Timing) -> None:
-        """What the worker says of its own stages."""
-        self.timing.queue, self.timing.prefill, self.timing.decode = timing.queue, timing.prefill, timing.decode
+    def note_worker(self, message: worker_pb2.RunGenerationResponse) -> None:
+        """What the worker counted, and what it says of its own stages."""
+        self.usage = message.usage
+        if message.HasField("end"):
+            timing = message.end.timing
+            self.timing.queue, self.timing.prefill, self.timing.decode = timing.queue, timing.prefill, timing.decode
 
     def after(self, chunk: pb.Chunk) -> Usage:
         """What will have gone out with this chunk."""
