@@ -65,6 +65,8 @@ class FakeSettings:
     step_seconds: float = 0.0
     # END is drawn about once in so many tokens; 0: never.
     end_one_in: int = 0
+    # What every answer says, and then ends; empty: letters that follow from the prompt.
+    text: str = ""
 
 
 def next_token(context: bytes, sampling: Sampling, end_one_in: int = 0) -> int:
@@ -191,7 +193,10 @@ class FakeRunner:
 
     def _draw(self, sequence: Sequence, context: bytes) -> Sampled:
         sampling = sequence.request.sampling
-        token = next_token(context, sampling, self._settings.end_one_in)
+        if self._settings.text:
+            token = [*self._settings.text.encode(), END][min(sequence.output_length, len(self._settings.text.encode()))]
+        else:
+            token = next_token(context, sampling, self._settings.end_one_in)
         if sampling.logprobs is None:
             return Sampled(token)
         top = tuple(TokenLogprob((token + i) % VOCAB_SIZE, -1.0 - i) for i in range(sampling.logprobs))
