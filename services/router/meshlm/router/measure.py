@@ -1,7 +1,7 @@
 """Stage 2's first half: what a prompt looks like before anything is spent on it.
 
-Entropy here is model-free and only told, in the trace: a policy needs the surprisal under a model, for byte entropy
-alone punishes Chinese, base64 and UUIDs and misses attacks.
+Entropy here is model-free and only told, in the trace: byte entropy alone punishes Chinese, base64 and UUIDs and misses
+attacks. What counts is surprise.py's.
 """
 
 from __future__ import annotations

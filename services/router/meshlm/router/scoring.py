@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from meshlm.chassis.calls import outgoing_metadata
-from meshlm.chassis.errors import MeshError, from_rpc_error
+from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.chassis.telemetry import Name, client_span, fail, meter
 from meshlm.router.choosing import Wanted
 from meshlm.router.fleet import Fleet
@@ -109,9 +109,13 @@ class Scorer:
                 if len(text) <= FEW:  # no token follows another
                     return None
                 raise failure from None
-        (scored,) = answer.scored
+        if len(answer.scored) != 1:
+            raise MeshError(Reason.INTERNAL, "a score that is none")
+        scored = answer.scored[0]
         if len(scored.logprobs) < FEW:  # the first token is not scored: nothing comes before it
             return None
+        if len(scored.entropies) != len(scored.logprobs) or not all(map(math.isfinite, scored.logprobs)):
+            raise MeshError(Reason.INTERNAL, "a score that is none")
         nats = peak([-logprob for logprob in scored.logprobs], scored.entropies, WINDOW)
         return nats if math.isfinite(nats) else None
 
