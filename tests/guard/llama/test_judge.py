@@ -191,6 +191,20 @@ async def test_no_worker_is_an_error_and_one_that_comes_back_judges_again(tmp_pa
         assert (await made.prompt("a cake"))[0] == 0.02
 
 
+async def test_a_worker_that_was_started_anew_is_not_left_alone_for_what_the_last_one_did(tmp_path: Path) -> None:
+    async with rig(tmp_path, breaker_failures=1, breaker_seconds=600.0) as made:
+        made.one.failure = DOWN
+        with pytest.raises(JudgeError):
+            await made.prompt("a cake")
+        assert not made.workers.replicas[0].breaker.admits()
+        await made.one.stop()
+        await until(lambda: not made.workers.serving(MODEL))
+        made.one.failure = None
+        await made.one.start()
+        await until(lambda: made.workers.serving(MODEL))
+        assert (await made.prompt("a cake"))[0] == 0.02
+
+
 async def test_a_worker_that_serves_another_model_or_drains_is_not_asked(tmp_path: Path) -> None:
     async with rig(tmp_path) as made:
         made.one.ready = False

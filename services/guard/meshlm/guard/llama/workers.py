@@ -152,6 +152,8 @@ class Workers:
             try:
                 call = replica.stub.WatchLoad(worker_pb2.WatchLoadRequest(watcher="guard"), wait_for_ready=True)
                 while (state := await self._next(call)) is not grpc.aio.EOF:
+                    if replica.state is None:
+                        replica.breaker.succeed()  # it may be another process than the one that failed
                     replica.state = state
                     self._changed.set()
             except (grpc.RpcError, TimeoutError) as error:
