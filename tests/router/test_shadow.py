@@ -172,3 +172,18 @@ async def test_a_copy_goes_nowhere_where_its_request_could_not(two: Mesh) -> Non
     assert text_of(await collect(two.stream(model="r"))) == "Hello big world"
     await settled(two)
     assert two.workers[1].requests == []
+
+
+async def test_the_half_of_a_replicas_places_that_is_for_callers_is_never_a_copys(two: Mesh) -> None:
+    replica = two.fleet.replicas[1]
+    taken = []
+    while replica.has_room(0.5):
+        taken.append(replica.begin(None, 1))
+    assert replica.has_room(0.9)
+    await collect(two.stream(model="r"))
+    await settled(two)
+    assert two.workers[1].requests == []
+    for attempt in taken:
+        attempt.end()
+    await collect(two.stream("again", model="r"))
+    await until(lambda: two.workers[1].requests)

@@ -119,16 +119,16 @@ class Pipeline:
         work.regions = self.residency.regions(work.key)
         self.residency.check(work.regions)
         work.route = self.routes.resolve(work.query)
-        self._bind(work)
+        self._bind(work, work.weight)
 
-    def _bind(self, work: Work) -> None:
+    def _bind(self, work: Work, weight: float) -> None:
         assert work.route is not None  # noqa: S101
         work.generation.model = work.route.model
         if work.route.temperature is not None:
             work.generation.sampling.temperature = work.route.temperature
         if work.route.top_p is not None:
             work.generation.sampling.top_p = work.route.top_p
-        work.terms = self._book.terms(work.key, work.route.model, work.weight)
+        work.terms = self._book.terms(work.key, work.route.model, weight)
 
     async def _fall_back(self, work: Work, error: MeshError) -> bool:
         """Go on with the route's next model, under the limits and prices of that one; False where there is none.
@@ -143,7 +143,8 @@ class Pipeline:
             await self._shielded(self._ledger.void(held))
         lookup, work.lookup = work.lookup, Lookup()  # what the cache was asked for is another model's answer
         await self._answers.release(lookup)
-        self._bind(work)
+        weight = work.terms.weight if work.terms is not None else work.weight  # a caller's risk goes with it
+        self._bind(work, weight)
         await self._admit(work)
         return True
 

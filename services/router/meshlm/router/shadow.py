@@ -15,12 +15,12 @@ import grpc
 import structlog
 
 from meshlm.chassis.calls import outgoing_metadata
-from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
+from meshlm.chassis.errors import MeshError, from_rpc_error
 from meshlm.chassis.telemetry import Name, fail, meter, span
 from meshlm.router.choosing import Wanted
 from meshlm.router.config import RouterConfig
 from meshlm.router.fleet import Fleet
-from meshlm.router.replica import Replica
+from meshlm.router.replica import Attempt, Replica
 from meshlm.router.route_config import ShadowConfig
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
@@ -30,6 +30,8 @@ log = structlog.get_logger()
 
 # Workers share themselves among tenants: copies are one of their own, whose name no tenant can have.
 TENANT = "(shadow)"
+# How full a replica may be for a copy: the rest of its places is for callers.
+_SPARE = 0.5
 
 
 class Shadows:
@@ -53,14 +55,19 @@ class Shadows:
             self._count(shadow, "busy")
             return
         try:
-            replica = self._spare(Wanted(model=shadow.model, tenant=TENANT, regions=work.regions))
-        except MeshError as error:
-            self._count(shadow, "busy" if error.reason == Reason.OVERLOADED else "down")
+            attempt = self._spare(
+                Wanted(model=shadow.model, tenant=TENANT, tokens=work.usage.prompt_tokens, regions=work.regions)
+            )
+        except MeshError:
+            self._count(shadow, "down")
+            return
+        if attempt is None:
+            self._count(shadow, "busy")
             return
         self._running[shadow.model] += 1
-        task = asyncio.create_task(self._run(work.usage.prompt_tokens, shadow, replica, _copy(work, shadow)))
+        task = asyncio.create_task(self._run(shadow, attempt.replica, _copy(work, shadow)))
         self._tasks.add(task)
-        task.add_done_callback(lambda done: self._end(done, shadow.model))
+        task.add_done_callback(lambda done: self._end(done, attempt, shadow.model))
 
     async def stop(self) -> None:
         """End all copies."""
@@ -77,24 +84,25 @@ class Shadows:
         filtered = pb.FINISH_REASON_CONTENT_FILTER in work.finishes.values()
         return not filtered and work.generation.input.WhichOneof("input") != "token_ids"
 
-    def _spare(self, wanted: Wanted) -> Replica:
-        """A replica with nobody waiting, where the request itself could go.
+    def _spare(self, wanted: Wanted) -> Attempt | None:
+        """A place where nobody waits and most places are free, in a region where the request itself could go.
 
-        Raises MeshError NO_REPLICA, NO_REPLICA_IN_REGION or OVERLOADED.
+        Raises MeshError NO_REPLICA or NO_REPLICA_IN_REGION.
         """
-        for replica in self._fleet.choose(wanted).replicas:
-            if replica.state is not None and not replica.state.waiting:
-                return replica
-        raise MeshError(Reason.OVERLOADED, "others wait for this model")
+        place = self._fleet.take(wanted, _SPARE)
+        if place is None:
+            return None
+        _, attempt = place
+        state = attempt.replica.state
+        if state is None or state.waiting:
+            attempt.end()
+            return None
+        return attempt
 
-    async def _run(
-        self, tokens: int, shadow: ShadowConfig, replica: Replica, request: worker_pb2.RunGenerationRequest
-    ) -> None:
+    async def _run(self, shadow: ShadowConfig, replica: Replica, request: worker_pb2.RunGenerationRequest) -> None:
         begun, usage, outcome = time.perf_counter(), pb.Usage(), "complete"
         attributes = {Name.REQUEST_MODEL: shadow.model, Name.REPLICA: replica.name}
         with span("router.shadow", attributes) as current:
-            # Its times tell nothing of the replica: it is served last.
-            attempt = replica.begin(None, tokens)
             call: Any = replica.stub.RunGeneration(request, timeout=self._seconds, metadata=outgoing_metadata())
             try:
                 while (message := await call.read()) is not grpc.aio.EOF:
@@ -104,7 +112,6 @@ class Shadows:
                 fail(current, outcome)
             finally:
                 call.cancel()
-                attempt.end()
                 current.set_attribute(Name.INPUT_TOKENS, usage.prompt_tokens)
                 current.set_attribute(Name.OUTPUT_TOKENS, usage.completion_tokens)
         self._count(shadow, outcome, usage)
@@ -126,7 +133,8 @@ class Shadows:
             self._tokens.add(usage.prompt_tokens, {**labels, "kind": "prompt_tokens"})
             self._tokens.add(usage.completion_tokens, {**labels, "kind": "completion_tokens"})
 
-    def _end(self, task: asyncio.Task[None], model: str) -> None:
+    def _end(self, task: asyncio.Task[None], attempt: Attempt, model: str) -> None:
+        attempt.end()  # without its messages: it is served last, so its times tell nothing of the replica
         self._tasks.discard(task)
         self._running[model] -= 1
         if not task.cancelled() and (error := task.exception()) is not None:
