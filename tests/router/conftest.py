@@ -27,6 +27,8 @@ from meshlm.router.guarding import Guards
 from meshlm.router.identity import KeyRing
 from meshlm.router.ledger import Ledger
 from meshlm.router.pipeline import Pipeline
+from meshlm.router.proof import Prover
+from meshlm.router.quarantine import Quarantine
 from meshlm.router.returning import Returns
 from meshlm.router.service import InferenceServicer
 from meshlm.router.vigilance import Vigilance
@@ -108,6 +110,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.failure: MeshError | None = None  # after the first piece
         self.failures: list[MeshError] = []  # of the coming requests, after the first piece each
         self.shift = 0  # of its token offsets
+        self.logprob = 0.0  # of each of its tokens
         self.late: asyncio.Event | None = None  # before the first piece
         self.hold: asyncio.Event | None = None  # before each piece after the first
         self.requests: list[worker_pb2.RunGenerationRequest] = []
@@ -163,6 +166,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                     token_ids=[number] * self.tokens_each if request.generation.return_token_ids else [],
                     finish_reason=int(last),
                 )
+                if request.generation.sampling.HasField("logprobs"):
+                    for _ in range(self.tokens_each):
+                        chunk.logprobs.add(chosen=pb.TokenLogprob(logprob=self.logprob))
                 skipped = self.skipped if number == 0 else ""
                 yield worker_pb2.RunGenerationResponse(chunk=chunk, usage=usage, skipped_text=skipped)
             timing = pb.Timing(queue=0.5, prefill=1.5, decode=2.5)
@@ -284,6 +290,8 @@ class Mesh:
         self.guards._redacting[""] = False  # as after a first request: from then on the guard runs beside
         self.ledger = Ledger(state, self.config)
         self.vigilance = Vigilance(self.config, state, self.fleet)
+        self.quarantine = Quarantine(state, self.fleet, self.config.proof.quarantine_seconds)
+        self.prover = Prover(self.config.proof, self.fleet, self.quarantine)
         self.pipeline = Pipeline(
             self.config,
             ledger=self.ledger,
@@ -292,6 +300,7 @@ class Mesh:
             guards=self.guards,
             vigilance=self.vigilance,
             returns=Returns(state, self.config.streams),
+            prover=self.prover,
         )
         self.servicer = InferenceServicer(self.config, KeyRing(self.config.keys), self.fleet, self.pipeline)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.servicer, self._server(f"unix:{folder}/r"))
@@ -309,6 +318,7 @@ class Mesh:
         for server in self._servers:
             await server.start()
         self.fleet.start()
+        self.quarantine.start()
         async with asyncio.timeout(20):
             while not all(replica.usable for replica in self.fleet.replicas):
                 await asyncio.sleep(0.005)
@@ -318,6 +328,8 @@ class Mesh:
         for server in reversed(self._servers):
             await server.stop(0)
         await self.pipeline.stop()
+        await self.prover.stop()
+        await self.quarantine.stop()
         await self.fleet.stop()
         await self.guards.stop()
         await self.answers.stop()

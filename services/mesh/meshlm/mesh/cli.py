@@ -32,6 +32,7 @@ COMMANDS = (
     Command("models", "what the mesh serves", "status", "add_models_arguments", "run_models"),
     Command("status", "how each service is", "status"),
     Command("trace", "one request as a waterfall, or the recent ones", "trace"),
+    Command("quarantine", "workers that were proven wrong, and their release", "quarantine"),
     Command("config", "the configuration in force, and where it came from", "show"),
     Command("key", "make keys for callers", "keys"),
     Command("guard", "judge a text as the guard does, and say why", "guard_check"),

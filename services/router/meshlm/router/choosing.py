@@ -90,6 +90,8 @@ def sort_out(
             excluded.append(Exclusion(replica, "draining"))
         elif not state.ready:
             excluded.append(Exclusion(replica, "not_ready"))
+        elif replica.quarantined:
+            excluded.append(Exclusion(replica, "quarantined"))
         elif replica.health.is_ejected(now):
             excluded.append(Exclusion(replica, "ejected"))
         elif share is not None and not replica.has_room(share):

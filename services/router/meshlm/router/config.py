@@ -9,6 +9,7 @@ from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
 from meshlm.router.overload_config import OverloadConfig
+from meshlm.router.proof_config import ProofConfig
 from meshlm.router.replica_config import ReplicaConfig
 from meshlm.router.risk_config import BreakerConfig, EntropyConfig, RiskConfig
 from meshlm.router.route_config import RouteConfig, check_callers, check_names
@@ -195,6 +196,8 @@ class RouterConfig:
     lease_seconds: float = 30.0
     # How streams survive the loss of workers and connections.
     streams: StreamsConfig = field(default_factory=StreamsConfig)
+    # Answers that are computed again elsewhere, to find workers that compute wrongly.
+    proof: ProofConfig = field(default_factory=ProofConfig)
 
     def __post_init__(self) -> None:
         if not 0 < self.emergency_share <= 1:

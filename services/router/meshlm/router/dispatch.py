@@ -193,6 +193,8 @@ def request_of(work: Work) -> worker_pb2.RunGenerationRequest:
     request.generation.input.CopyFrom(work.wording().source)
     if work.choices == 1:
         request.generation.return_token_ids = True
+    if work.proven and not request.generation.sampling.HasField("logprobs"):
+        request.generation.sampling.logprobs = 0
     if (seed := work.seed) is not None:
         request.generation.sampling.seed = seed
     return request

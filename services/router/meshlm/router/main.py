@@ -21,6 +21,8 @@ from meshlm.router.guarding import Guards
 from meshlm.router.identity import KeyRing
 from meshlm.router.ledger import Ledger
 from meshlm.router.pipeline import Pipeline
+from meshlm.router.proof import Prover
+from meshlm.router.quarantine import Quarantine
 from meshlm.router.returning import Returns
 from meshlm.router.service import InferenceServicer
 from meshlm.router.vigilance import Vigilance
@@ -40,6 +42,8 @@ class RouterService:
         self._answers = Answers(config)
         self._guards = Guards(config)
         ledger = Ledger(self._redis, config)
+        self._quarantine = Quarantine(self._redis, self._fleet, config.proof.quarantine_seconds)
+        self._prover = Prover(config.proof, self._fleet, self._quarantine)
         self._pipeline = Pipeline(
             config,
             ledger=ledger,
@@ -48,6 +52,7 @@ class RouterService:
             guards=self._guards,
             vigilance=Vigilance(config, self._redis, self._fleet),
             returns=Returns(self._redis, config.streams),
+            prover=self._prover,
         )
 
     def register(self, grpc_server: grpc.aio.Server) -> Sequence[str]:
@@ -58,6 +63,7 @@ class RouterService:
     async def start(self, life: Life) -> None:
         """Ready as soon as it listens: replicas come and go, and a request that finds none gets that as its reason."""
         self._fleet.start()
+        self._quarantine.start()
         if self._redis is None and any(limits.limited for limits in self._config.all_limits()):
             log.warning("state.redis_url is empty: keys get the emergency share of their limits, from each router")
 
@@ -66,6 +72,8 @@ class RouterService:
 
     async def stop(self) -> None:
         await self._pipeline.stop()
+        await self._prover.stop()
+        await self._quarantine.stop()
         await self._fleet.stop()
         await self._answers.stop()
         await self._guards.stop()

@@ -24,6 +24,7 @@ from meshlm.router.hedging import Hedges
 from meshlm.router.ledger import Ledger
 from meshlm.router.limits import Kind, LimitBook
 from meshlm.router.overload import Overload
+from meshlm.router.proof import Prover
 from meshlm.router.record import Recorder
 from meshlm.router.residency import Residency
 from meshlm.router.retries import RetryBudget
@@ -53,6 +54,7 @@ class Pipeline:
         guards: Guards,
         vigilance: Vigilance,
         returns: Returns,
+        prover: Prover,
     ) -> None:
         self._config = config
         self._ledger = ledger
@@ -64,6 +66,7 @@ class Pipeline:
         self._guards = guards
         self._vigilance = vigilance
         self._returns = returns
+        self._prover = prover
         self._hedges = Hedges(config.streams.hedge_percentile)
         self._recorder = Recorder()
         self._shadows = Shadows(config, fleet)
@@ -230,6 +233,7 @@ class Pipeline:
 
     async def _generate(self, work: Work, screening: asyncio.Task[pb.Verdict | None]) -> AsyncGenerator[Response, None]:
         # Prefill and guard run at the same time; nothing leaves before the verdict.
+        self._prover.sample(work)
         dispatching = asyncio.create_task(self._dispatch(work))
         window = self._guards.open_output(work.request_id, work.key, work.generation.input, work.wording().canaries)
         call: LastingCall | None = None
@@ -339,6 +343,7 @@ class Pipeline:
             await self._returns.keep(work)
         await self._vigilance.note(work)
         self._recorder.record(work)
+        self._prover.prove(work)
         self._shadows.consider(work)
 
     async def _end_flight(self, work: Work) -> None:

@@ -76,6 +76,7 @@ class Replica:
         self.channel = open_channel(target, retryable=[(_SERVICE, "CountInputTokens")])
         self.stub: Any = worker_pb2_grpc.WorkerServiceStub(self.channel)
         self.state: worker_pb2.WatchLoadResponse | None = None  # None while it cannot be heard
+        self.quarantined = False  # proven wrong: it gets no requests
         self.health = Health()
         self.ready_since = 0.0
         self.prefill_seconds = 1 / _TOKENS_PER_SECOND  # for a prompt token; measured once there are answers
@@ -92,7 +93,7 @@ class Replica:
 
     @property
     def usable(self) -> bool:
-        return self.state is not None and self.state.ready and not self.state.draining
+        return self.state is not None and self.state.ready and not self.state.draining and not self.quarantined
 
     @property
     def in_flight(self) -> int:

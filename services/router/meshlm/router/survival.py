@@ -119,6 +119,8 @@ class LastingCall:
         work.take_ids(chunk)
         if not work.generation.return_token_ids:
             chunk.ClearField("token_ids")
+        if work.proven and not work.generation.sampling.HasField("logprobs"):
+            chunk.ClearField("logprobs")
 
     def _correct(self, usage: pb.Usage) -> None:
         usage.prompt_tokens = self._first.prompt_tokens

@@ -63,6 +63,8 @@ class Work:
     drawn: int = field(default_factory=lambda: secrets.randbits(64))  # the seed where the caller named none
     made: array[int] = field(default_factory=lambda: array("I"))  # token ids of a single choice so far
     known: bool = True  # whether `made` are all of them
+    proven: bool = False  # its answer is computed again elsewhere, from these, one a token:
+    logprobs: array[float] = field(default_factory=lambda: array("d"))
     resumable: bool = False  # what it made is kept for a caller who comes back
     resume_of: str = ""  # request id of the broken stream that this one goes on with
     asked: str = ""  # digest of the request, for one of these two
@@ -237,6 +239,8 @@ class Work:
         """A worker made these tokens; not all of them need go out."""
         self.made.extend(chunk.token_ids)
         self.known = self.known and len(chunk.token_ids) == chunk.token_count
+        if self.proven:
+            self.logprobs.extend(position.chosen.logprob for position in chunk.logprobs)
 
     def note_worker(self, message: worker_pb2.RunGenerationResponse) -> None:
         """What the worker counted, and what it says of its own stages."""

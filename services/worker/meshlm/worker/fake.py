@@ -67,6 +67,8 @@ class FakeSettings:
     end_one_in: int = 0
     # What every answer says, and then ends; empty: letters that follow from the prompt.
     text: str = ""
+    # What it takes off every log-probability that it tells, nats: as a worker that computes wrongly.
+    logprob_error: float = 0.0
 
 
 def next_token(context: bytes, sampling: Sampling, end_one_in: int = 0) -> int:
@@ -183,13 +185,16 @@ class FakeRunner:
         context = self._read(sequence, chunk.start + chunk.count)
         if request.score_from is not None:
             ends = range(*scored_positions(chunk))
-            logprobs = [_logprob(context[: 2 * (end - sequence.evicted)], sequence.tokens[end]) for end in ends]
-            return ChunkScores(logprobs, [-logprob for logprob in logprobs])
+            true = [_logprob(context[: 2 * (end - sequence.evicted)], sequence.tokens[end]) for end in ends]
+            return ChunkScores([self._told(logprob) for logprob in true], [-logprob for logprob in true])
         if request.pool is not None:
             first = len(context) // 2 - (chunk.count if request.pool == "mean" else 1)
             vectors = [_vector(context[: 2 * (end + 1)]) for end in range(first, len(context) // 2)]
             return ChunkPool([sum(column) for column in zip(*vectors, strict=True)])
         return self._draw(sequence, context) if chunk.sample else None
+
+    def _told(self, logprob: float) -> float:
+        return logprob - self._settings.logprob_error
 
     def _draw(self, sequence: Sequence, context: bytes) -> Sampled:
         sampling = sequence.request.sampling
@@ -200,7 +205,7 @@ class FakeRunner:
         if sampling.logprobs is None:
             return Sampled(token)
         top = tuple(TokenLogprob((token + i) % VOCAB_SIZE, -1.0 - i) for i in range(sampling.logprobs))
-        return Sampled(token, -1.0, top)
+        return Sampled(token, self._told(_logprob(context, token)), top)
 
     def _strike(self, sequence: Sequence) -> None:
         if sequence.output_length != FAULTY_AT or sequence.id in self._struck:
