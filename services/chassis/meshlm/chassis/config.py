@@ -35,6 +35,7 @@ class Source:
 
     tree: Mapping[str, Any]
     origins: Mapping[str, str]  # dotted path to "file" or the variable's name
+    path: Path | None = None  # of the file
 
     @classmethod
     def read(cls, path: Path | None = None, environ: Mapping[str, str] | None = None) -> Source:
@@ -55,7 +56,7 @@ class Source:
         for section in tree:
             if section not in SECTIONS:
                 raise ConfigError(f"{section}: unknown section; known are {', '.join(sorted(SECTIONS))}")
-        return cls(tree, origins)
+        return cls(tree, origins, path)
 
     def section(self, name: str, kind: type[T]) -> T:
         """The section as its dataclass. Raises ConfigError naming the key at fault."""

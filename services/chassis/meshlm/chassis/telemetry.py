@@ -139,6 +139,7 @@ class Name:
     GUARD_PANELS = "meshlm.guard.panels"
     GUARD_PANEL = "meshlm.guard.panel"
     GUARD_FAILURES = "meshlm.guard.failures"
+    GUARD_RELOADS = "meshlm.guard.policy_reloads"
     GUARD_CAUSE = "meshlm.guard.cause"
     CACHE_LOOKUPS = "meshlm.cache.lookups"
     CACHE_STORES = "meshlm.cache.stores"

@@ -8,6 +8,7 @@ from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
 from meshlm.guard.llama.config import LlamaGuardConfig, PanelConfig
+from meshlm.guard.scripts import check as check_scripts
 from meshlm.guard.tool_schemas import ToolSchema
 
 Act = Literal["allow", "flag", "redact", "block"]
@@ -76,6 +77,9 @@ class PolicyConfig:
     # choice. `allow` turns it off; `redact` is for what `secrets` and `pii` find. On input it is the most that may
     # follow, whatever the score.
     actions: Mapping[str, Act] = field(default_factory=dict)
+    # Scripts that an input may be written in, as Unicode names them (Latin, Cyrillic, Han); empty: any. One that is
+    # largely in others is `language.script`, and refused unless `actions` says otherwise.
+    scripts: tuple[str, ...] = ()
     # Nothing is refused, stopped, held or replaced: verdicts tell what would have been.
     shadow: bool = False
 
@@ -88,6 +92,7 @@ class PolicyConfig:
         self._check_tools()
         if unfit := [name for name, act in self.actions.items() if act == "redact" and not _is_pattern(name)]:
             raise ValueError(f"actions.{unfit[0]}: only `pii`, `secret` and categories of them can be redacted")
+        check_scripts(self.scripts)
         if not self.answer_windows or min(self.answer_windows) < 1:
             raise ValueError("answer_windows: expected at least one number, each above 0")
 
@@ -130,6 +135,9 @@ class GuardConfig:
     panel: PanelConfig = field(default_factory=PanelConfig)
     # Policies by name. `default` is used where a request names none; it exists even if it is not written.
     policies: Mapping[str, PolicyConfig] = field(default_factory=dict)
+    # Seconds between two looks at whether the file has changed; its policies then count from the next request on. A
+    # SIGHUP asks at once. 0: only a SIGHUP does.
+    reload_seconds: float = 2.0
     # Longest input, characters over all messages.
     max_input_chars: int = 500_000
     # Longest answer of one choice, characters.
@@ -140,6 +148,8 @@ class GuardConfig:
     inline_chars: int = 4_096
 
     def __post_init__(self) -> None:
+        if self.reload_seconds < 0:
+            raise ValueError("reload_seconds must be at least 0")
         for name in ("max_input_chars", "max_output_chars", "max_choices", "inline_chars"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0")

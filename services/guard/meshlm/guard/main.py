@@ -16,7 +16,7 @@ def build(source: Source) -> tuple[GuardService, ServerConfig, Callable[[], dict
     """Raises ConfigError."""
     config = read_config(source)
     try:
-        service = GuardService(config)
+        service = GuardService(config, source.path)
     except ArtefactError as error:
         raise ConfigError(f"guard.model_file: {error}") from None
     return service, config.server, lambda: {"guard": masked(config)}

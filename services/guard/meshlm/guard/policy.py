@@ -15,7 +15,7 @@ import structlog
 from meshlm.chassis import telemetry
 from meshlm.chassis.errors import MeshError, Reason, invalid
 from meshlm.chassis.telemetry import Name
-from meshlm.guard import indirect, injection
+from meshlm.guard import indirect, injection, scripts
 from meshlm.guard.answer_rules import AnswerRules
 from meshlm.guard.config import DEFAULT_POLICY, Act, PolicyConfig
 from meshlm.guard.content import ContentWatch, Weighed
@@ -53,6 +53,7 @@ class Policy:
         self._heads = tuple(h for h in _HEADS if judge is not None and h in config.input_detectors)
         self._rules = "signatures" in config.input_detectors
         self._input_detectors = [injection.VERSION] if self._rules else []
+        self._input_detectors += [scripts.VERSION] if config.scripts else []
         self._in_input = Patterns(config, config.input_detectors)
         self._in_output = Patterns(config, config.output_detectors)
         self._input_detectors += self._in_input.versions
@@ -151,6 +152,11 @@ class Policy:
     def _by_rules(self, turns: Sequence[Turn]) -> _Ruled:
         findings = self._find(turns) if self._rules else []
         action, patterns = ALLOW, []
+        script_act = self.config.action(scripts.CATEGORY, "block")
+        for turn in turns if self.config.scripts and script_act != "allow" else ():
+            if other := scripts.detect(turn.text, self.config.scripts):
+                patterns += [moved(finding, turn.offset) for finding in other]
+                action = max(action, BLOCK if script_act == "block" else FLAG, key=_SEVERITY.index)
         for turn in turns if self._in_input.versions else ():
             read = self._in_input.read(turn.text)
             patterns += [moved(f, turn.offset) for f in (*read.blocked, *read.flagged)]
@@ -274,8 +280,18 @@ class Policies:
     def __init__(
         self, configs: Mapping[str, PolicyConfig], judge: Judge | None = None, *, inline_chars: int = 4_096
     ) -> None:
+        self._judge = judge
+        self._inline_chars = inline_chars
+        self._policies = self.prepare(configs)
+
+    def prepare(self, configs: Mapping[str, PolicyConfig]) -> dict[str, Policy]:
+        """Policies of another configuration, made but not in force."""
         known = {DEFAULT_POLICY: PolicyConfig()} | dict(configs)
-        self._policies = {name: Policy(config, judge, inline_chars=inline_chars) for name, config in known.items()}
+        return {name: Policy(config, self._judge, inline_chars=self._inline_chars) for name, config in known.items()}
+
+    def replace(self, policies: dict[str, Policy]) -> None:
+        """All at once: what was begun under an old policy ends under it."""
+        self._policies = policies
 
     def get(self, name: str) -> Policy:
         """The policy; the default one for an empty name. Raises MeshError REQUEST_INVALID."""

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import grpc
 from opentelemetry import trace
@@ -20,6 +21,7 @@ from meshlm.guard.conversation import length_of, turns_of
 from meshlm.guard.judges import Judges
 from meshlm.guard.judging import Turn
 from meshlm.guard.policy import BLOCK, REDACT, Policies, act_name
+from meshlm.guard.reloading import Reloading
 from meshlm.v1 import generation_pb2, guard_pb2, guard_pb2_grpc
 
 
@@ -29,11 +31,12 @@ class GuardService(guard_pb2_grpc.GuardServiceServicer):
     name = "guard"
     background_methods: frozenset[str] = frozenset()
 
-    def __init__(self, config: GuardConfig) -> None:
-        """Raises ArtefactError and ConfigError."""
+    def __init__(self, config: GuardConfig, file: Path | None = None) -> None:
+        """`file`: where the configuration was read, to take its policies anew. Raises ArtefactError and ConfigError."""
         self._config = config
         self._judges = Judges(config)
         self._policies = Policies(config.policies, self._judges.judge, inline_chars=config.inline_chars)
+        self._reloading = Reloading(file, config, self._policies) if file is not None else None
         meter = telemetry.meter()
         self._verdicts = meter.create_counter(Name.GUARD_VERDICTS, "1", "Verdicts by direction and action")
         self._findings = meter.create_counter(Name.GUARD_FINDINGS, "1", "Categories in verdicts")
@@ -46,6 +49,8 @@ class GuardService(guard_pb2_grpc.GuardServiceServicer):
     async def start(self, life: Life) -> None:
         """Run each path once, so that the first request does not pay for it."""
         await self._judges.start()
+        if self._reloading is not None:
+            self._reloading.start()
         policy = self._policies.get("")
         with contextlib.suppress(MeshError):  # a model that cannot be asked yet: its verdicts fail one by one
             await policy.judge_input([Turn("user", "warm up, ïn two scripts")])
@@ -55,6 +60,8 @@ class GuardService(guard_pb2_grpc.GuardServiceServicer):
         """Nothing: checks end with the answers they follow."""
 
     async def stop(self) -> None:
+        if self._reloading is not None:
+            await self._reloading.stop()
         await self._judges.stop()
 
     async def CheckInput(
