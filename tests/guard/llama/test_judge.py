@@ -191,6 +191,29 @@ async def test_no_worker_is_an_error_and_one_that_comes_back_judges_again(tmp_pa
         assert (await made.prompt("a cake"))[0] == 0.02
 
 
+async def test_a_question_waits_for_a_worker_that_is_only_just_away_and_not_for_one_that_stays_away(
+    tmp_path: Path,
+) -> None:
+    async with rig(tmp_path, timeout_seconds=30.0) as made:
+        made.one.ready = False
+        await until(lambda: not made.workers.serving(MODEL))
+        waiting = asyncio.create_task(made.prompt("a cake"))
+        await asyncio.sleep(0)  # it asks, and finds nobody
+        assert not waiting.done()
+        made.one.ready = True
+        assert (await waiting)[0] == 0.02
+    async with rig(tmp_path, timeout_seconds=0.2) as made:
+        made.one.ready = False
+        await until(lambda: not made.workers.serving(MODEL))
+        for _ in range(2):
+            with pytest.raises(JudgeError):
+                await made.prompt("a cake")
+        assert made.workers.gives_up(MODEL)
+        made.one.ready = True
+        await until(lambda: not made.workers.gives_up(MODEL))
+        assert (await made.prompt("a cake"))[0] == 0.02
+
+
 async def test_a_worker_that_was_started_anew_is_not_left_alone_for_what_the_last_one_did(tmp_path: Path) -> None:
     async with rig(tmp_path, breaker_failures=1, breaker_seconds=600.0) as made:
         made.one.failure = DOWN

@@ -81,6 +81,8 @@ class Workers:
         """Inside the event loop that will use it."""
         self.replicas = [Replica(target, config) for target in config.workers]
         self._attempts = config.attempts
+        self._patience = config.timeout_seconds
+        self._given_up: set[str] = set()  # models for which a question has waited in vain, until a worker serves them
         self._watches: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
 
@@ -98,12 +100,18 @@ class Workers:
 
     async def until_served(self, model: str, seconds: float) -> bool:
         """Wait for a worker that serves the model. Whether there is one."""
+        if self.serving(model):
+            return True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self.serving(model):
                     self._changed.clear()
                     await self._changed.wait()
         return bool(self.serving(model))
+
+    def gives_up(self, model: str) -> bool:
+        """Whether questions do not wait for the model any more."""
+        return model in self._given_up
 
     def serving(self, model: str) -> list[Replica]:
         return [replica for replica in self.replicas if replica.serves(model)]
@@ -114,8 +122,11 @@ class Workers:
         """Ask a worker of that model, and if it does not answer, another one.
 
         Equal keys go to the same worker while it answers, for what it has in its cache. `avoid`: targets that are asked
-        last. Raises JudgeError where none answers, and MeshError for what no other would answer either.
+        last. Where no worker serves the model, questions wait for one as long as for an answer; once that was in vain,
+        no more. Raises JudgeError where none answers, and MeshError for what no other would answer either.
         """
+        if model not in self._given_up and not await self.until_served(model, self._patience):
+            self._given_up.add(model)
         able = [replica for replica in self.serving(model) if replica.breaker.admits()]
         able.sort(key=lambda replica: (replica.target in avoid, blake2b(key + replica.target.encode()).digest()))
         if not able:
@@ -155,6 +166,8 @@ class Workers:
                     if replica.state is None:
                         replica.breaker.succeed()  # it may be another process than the one that failed
                     replica.state = state
+                    if replica.serves(state.model.name):
+                        self._given_up.discard(state.model.name)
                     self._changed.set()
             except (grpc.RpcError, TimeoutError) as error:
                 if replica.state is not None:
