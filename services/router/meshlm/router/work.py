@@ -83,6 +83,7 @@ class Work:
     ends: dict[int, int] = field(default_factory=dict)  # by choice: offset after the last token that went out
     sent: int = 0  # completion tokens that went out, over all choices
     completion_limit: int = 0  # most tokens a choice can get, after the context's limit; 0 until a worker said so
+    _worded: tuple[pb.Input, Wording] | None = None  # of this input
     outcome: str = "cancelled"  # until something else is known: complete, or the reason of the error
 
     @classmethod
@@ -202,7 +203,11 @@ class Work:
 
     def wording(self) -> Wording:
         """The input as the model gets to read it; the same however often it is asked for."""
-        return word(self.generation.input, self.key)
+        if self._worded is None or self._worded[0] != self.generation.input:
+            read = pb.Input()
+            read.CopyFrom(self.generation.input)  # what is redacted is replaced in place
+            self._worded = read, word(read, self.key)
+        return self._worded[1]
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
