@@ -125,7 +125,8 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.ListModelsResponse:
         self._admit(context)
         model = inference_pb2.Model(name="scripted", revision="abc", max_context=64, ready_replicas=2, is_default=True)
-        return inference_pb2.ListModelsResponse(models=[model])
+        route = inference_pb2.Model(name="route", max_context=64, ready_replicas=2, targets=["other", "scripted"])
+        return inference_pb2.ListModelsResponse(models=[route, model])
 
     async def CountTokens(
         self, request: inference_pb2.CountTokensRequest, context: grpc.aio.ServicerContext

@@ -33,13 +33,22 @@ from meshlm.mesh.demo import Demo, DemoFailed
 from meshlm.mesh.model import PackagedModel
 from meshlm.mesh.show import SERVICES, SHARED
 from meshlm.router.config import KeyConfig, PriceConfig, TenantConfig
-from meshlm.router.route_config import RouteConfig, RuleConfig, ShadowConfig, TargetConfig
+from meshlm.router.route_config import ComplexityConfig, RouteConfig, RuleConfig, ShadowConfig, TargetConfig
 from tests.mesh.fakes import KEY, WORDS, ScriptedRouter
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "mesh.toml"
 Captured = pytest.CaptureFixture[str]
 # Of the router's sections, those that deploy/mesh.toml has only examples of.
-ROUTER_KINDS = (KeyConfig, TenantConfig, PriceConfig, RouteConfig, RuleConfig, ShadowConfig, TargetConfig)
+ROUTER_KINDS = (
+    KeyConfig,
+    TenantConfig,
+    PriceConfig,
+    ComplexityConfig,
+    RouteConfig,
+    RuleConfig,
+    ShadowConfig,
+    TargetConfig,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +221,8 @@ class TestExample:
     @pytest.mark.parametrize("section", sorted(KINDS))
     def test_it_names_every_key(self, section: str) -> None:
         told = set(re.findall(r"(?:^#?|[{,] )([a-z_]+) = ", EXAMPLE.read_text(), flags=re.MULTILINE))
-        tables = {"keys", "policies", "workers", "tenants", "prices", "model_limits", "ramps", "routes", "rules"}
+        tables = {"keys", "policies", "workers", "tenants", "prices", "model_limits", "ramps", "routes", "rules",
+                  "complexity"}  # fmt: skip
         below = {"router": ROUTER_KINDS, "guard": (PolicyConfig,), "mesh": (WorkerEntry,)}
         kinds = [self.KINDS[section], *below.get(section, ())]
         assert {name for kind in kinds for name in _keys(kind)} - tables <= told
@@ -323,7 +333,9 @@ class TestChat:
     ) -> None:
         monkeypatch.setenv("MESHLM_KEY", KEY)
         assert await asyncio.to_thread(run, ["models", "--target", router.target]) == 0
-        assert "scripted (default)" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "scripted (default)" in out
+        assert re.search(r"route +-> other, scripted", out)
 
 
 def _own_terminal(slave: int) -> None:

@@ -147,8 +147,9 @@ class TestUnary:
 
     async def test_models_and_counts(self, router: ScriptedRouter) -> None:
         async with client(router) as mesh:
-            (model,) = await mesh.list_models()
-            assert (model.name, model.ready_replicas) == ("scripted", 2)
+            route, model = await mesh.list_models()
+            assert (model.name, model.ready_replicas, list(model.targets)) == ("scripted", 2, [])
+            assert (route.name, list(route.targets)) == ("route", ["other", "scripted"])
             assert await mesh.count_tokens(prompt="a b c") == 3
 
 

@@ -43,6 +43,7 @@ from meshlm.v1 import (
     worker_pb2_grpc,
 )
 from meshlm.v1 import generation_pb2 as pb
+from tests.router.names import fleet as fleet  # a fixture
 
 SECRET = "a-key"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +11,12 @@ from hypothesis import strategies as st
 
 from meshlm.chassis.config import ConfigError, Source
 from meshlm.chassis.errors import MeshError, Reason
-from meshlm.router.config import KeyConfig, RouterConfig
+from meshlm.router.config import RouterConfig
 from meshlm.router.fleet import Fleet
 from meshlm.router.route_config import RouteConfig, RuleConfig, TargetConfig
 from meshlm.router.routes import Decision, Query, Routes
 from meshlm.v1 import generation_pb2 as pb
-from meshlm.v1 import worker_pb2
-
-MODELS = ("large", "new", "small")
-
-
-def holder(name: str = "k", tenant: str = "t", **more: Any) -> KeyConfig:
-    return KeyConfig(id=name, secret_hash=hashlib.sha256(name.encode()).hexdigest(), tenant=tenant, **more)
-
-
-@pytest.fixture
-async def fleet() -> AsyncIterator[Fleet]:
-    """A replica of each model, all ready; nobody listens."""
-    made = Fleet([f"unix:/nowhere/{model}" for model in MODELS])
-    for model in MODELS:
-        up(made, model)
-    yield made
-    await made.stop()
-
-
-def up(fleet: Fleet, model: str, *, ready: bool = True) -> None:
-    served = worker_pb2.WorkerModel(name=model, revision=f"{model}-1", max_context=100, chat=True)
-    replica = fleet.replicas[MODELS.index(model)]
-    replica.hear(worker_pb2.WatchLoadResponse(replica=model, ready=ready, model=served))
-
-
-def query(model: str = "r", key: KeyConfig | None = None, *, context: int = 10, **fields: Any) -> Query:
-    chat = pb.Chat(messages=[pb.Message(role="user", content="hi")])
-    generation = pb.Generation(**{"model": model, "input": pb.Input(chat=chat), **fields})
-    return Query(generation, key or holder(), context, "request")
-
-
-def routes(fleet: Fleet, *rules: RuleConfig, **more: Any) -> Routes:
-    names = {name: more.pop(name) for name in ("aliases", "default_model") if name in more}
-    keys = more.pop("keys", (holder(),))
-    return Routes(RouterConfig(routes={"r": RouteConfig(rules=rules, **more)}, keys=keys, **names), fleet)
-
-
-def to(*models: str, **more: Any) -> RuleConfig:
-    return RuleConfig(targets=tuple(TargetConfig(model=model) for model in models), **more)
-
-
-def refused(book: Routes, asked: Query) -> MeshError:
-    with pytest.raises(MeshError) as caught:
-        book.resolve(asked)
-    return caught.value
+from tests.router.names import MODELS, holder, query, refused, routes, to, up
 
 
 class TestRules:
@@ -242,7 +196,7 @@ class TestConfig:
         [
             ('[router.aliases]\na = "b"\nb = "c"\nc = "b"', "router: aliases.a: leads in a circle: a -> b -> c -> b"),
             ("[router.routes.r]\nrules = []", "router.routes.r: rules: at least one"),
-            ("[[router.routes.r.rules]]\n", "router.routes.r.rules[0]: targets: at least"),
+            ("[[router.routes.r.rules]]\n", "router.routes.r.rules[0]: one of targets"),
             (
                 '[[router.routes.r.rules]]\ntargets = [{ model = "m", weight = -1 }]',
                 "router.routes.r.rules[0].targets[0]: weight: must be",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import grpc
@@ -12,7 +13,8 @@ from structlog.testing import capture_logs
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.router.choosing import Wanted
 from meshlm.router.config import KeyConfig, LimitConfig, PriceConfig
-from meshlm.router.route_config import RouteConfig, RuleConfig, TargetConfig
+from meshlm.router.route_config import ComplexityConfig, RouteConfig, RuleConfig, TargetConfig
+from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
 from tests.router.conftest import Mesh, key
@@ -29,6 +31,10 @@ def to(*models: str, fallbacks: tuple[str, ...] = (), **more: Any) -> RuleConfig
     return RuleConfig(targets=targets, fallbacks=fallbacks, **more)
 
 
+def by_complexity(**more: Any) -> RuleConfig:
+    return RuleConfig(complexity=ComplexityConfig(small="m", large="n", **more))
+
+
 @pytest.fixture
 def router_config() -> dict[str, Any]:
     return {
@@ -37,6 +43,8 @@ def router_config() -> dict[str, Any]:
             "safe": RouteConfig(rules=(to("m", fallbacks=("n",)),)),
             "split": RouteConfig(rules=(to("m", "n"),)),
             "tasks": RouteConfig(rules=(to("m"),), sampling="by_task"),
+            "easy": RouteConfig(rules=(by_complexity(threshold=1.0),)),
+            "hard": RouteConfig(rules=(by_complexity(threshold=0.0),)),
             "long": RouteConfig(rules=(to("n", min_context=60), to("m"))),
         },
     }
@@ -170,12 +178,12 @@ async def test_routes_are_listed_with_what_they_lead_the_key_to(two: Mesh) -> No
         return {model.name: model for model in response.models}
 
     models = await listed()
-    assert sorted(models) == ["alias", "long", "m", "n", "safe", "split", "tasks"]
+    assert sorted(models) == ["alias", "easy", "hard", "long", "m", "n", "safe", "split", "tasks"]
     assert (list(models["safe"].targets), models["safe"].ready_replicas) == (["m", "n"], 2)
     assert (models["safe"].revision, list(models["m"].targets)) == ("", [])
     two.rekey((key(models=("n",)),))
     models = await listed()
-    assert sorted(models) == ["long", "n", "safe", "split"]
+    assert sorted(models) == ["easy", "hard", "long", "n", "safe", "split"]
     assert list(models["safe"].targets) == ["n"]
 
 
@@ -217,3 +225,27 @@ async def test_a_route_leaves_sampling_alone_where_the_caller_set_any_of_it(two:
     assert {name: pytest.approx(getattr(sent, name)) for name in asked} == asked
     assert sent.HasField("temperature") == ("temperature" in asked)
     assert not first.start.routing.HasField("temperature")
+
+
+@pytest.mark.parametrize(("route", "model", "price"), [("easy", "m", 7 + 3), ("hard", "n", 7 * 2 + 3 * 5)])
+async def test_the_model_that_a_prompt_needs_answers_and_is_paid_for(
+    two: Mesh, route: str, model: str, price: int
+) -> None:
+    first, *_, last = await collect(two.stream("Why is 2 + 2 = 4?", model=route))
+    routing = first.start.routing
+    assert (routing.model, routing.model_reason, last.end.cost_micros) == (model, "complexity", price)
+    assert [step.stage for step in routing.steps] == ["rule", "complexity"]
+    assert "score 0." in routing.steps[1].outcome
+
+
+async def test_a_caller_that_is_throttled_stays_so_where_its_request_falls_back(
+    two: Mesh, state: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def look(work: Work) -> None:
+        work.terms = dataclasses.replace(work.terms, weight=8.0)
+
+    monkeypatch.setattr(two.pipeline._vigilance, "look", look)
+    two.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")
+    first, *_ = await collect(two.stream(model="safe"))
+    assert first.start.routing.model == "n"
+    assert 70 < await charged(state, "tokens_per_minute", 6000) <= 80

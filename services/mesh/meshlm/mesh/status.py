@@ -58,7 +58,8 @@ def run_models(arguments: argparse.Namespace) -> int:
     for model in models:
         name = f"{escape(model.name)}{' (default)' if model.is_default else ''}"
         adapters = ", ".join(model.adapters) or "-"
-        table.add_row(name, model.revision[:12], str(model.max_context), str(model.ready_replicas), escape(adapters))
+        revision = escape(f"-> {', '.join(model.targets)}") if model.targets else model.revision[:12]
+        table.add_row(name, revision, str(model.max_context), str(model.ready_replicas), escape(adapters))
     open_console().print(table)
     return 0
 

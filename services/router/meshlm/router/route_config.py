@@ -35,6 +35,33 @@ class TargetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComplexityConfig:
+    """A choice between a small and a large model by how hard the prompt looks."""
+
+    # The small model's own name, or an alias of it.
+    small: str
+    # The large model's own name, or an alias of it.
+    large: str
+    # Part of the requests that the small model is to answer. Range [0, 1].
+    small_share: float = 0.8
+    # Score above which the large model answers, range [0, 1]; unset: the one that gives `small_share`.
+    threshold: float | None = None
+    # What that is found on: `training`, the questions that the scorer learned from, the same in every router; or
+    # `recent`, the last prompts that this router saw under the rule.
+    calibration: Literal["training", "recent"] = "training"
+
+    def __post_init__(self) -> None:
+        if not self.small or not self.large:
+            raise ValueError("small and large: must not be empty")
+        if self.small == self.large:
+            raise ValueError("small and large: are the same model")
+        if not 0 <= self.small_share <= 1:
+            raise ValueError("small_share: must be in [0, 1]")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError("threshold: must be in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuleConfig:
     """For which requests, and which models then. What is left empty fits every request."""
 
@@ -52,13 +79,15 @@ class RuleConfig:
     max_context: int = 0
     # Models that share its traffic by weight.
     targets: tuple[TargetConfig, ...] = ()
+    # Instead of targets: a choice by how hard the prompt looks.
+    complexity: ComplexityConfig | None = None
     # Models that answer, in this order, where the chosen one is down or overloaded.
     fallbacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.targets:
-            raise ValueError("targets: at least one is required")
-        if not any(target.weight for target in self.targets):
+        if bool(self.targets) == (self.complexity is not None):
+            raise ValueError("one of targets and complexity is required")
+        if self.targets and not any(target.weight for target in self.targets):
             raise ValueError("targets: all weights are 0")
         arms = Counter(target.name for target in self.targets)
         if twice := [arm for arm, count in arms.items() if count > 1]:
@@ -72,6 +101,9 @@ class RuleConfig:
         """Every model named here, with the field that names it."""
         for number, target in enumerate(self.targets):
             yield f"targets[{number}].model", target.model
+        if self.complexity is not None:
+            yield "complexity.small", self.complexity.small
+            yield "complexity.large", self.complexity.large
         for number, model in enumerate(self.fallbacks):
             yield f"fallbacks[{number}]", model
 

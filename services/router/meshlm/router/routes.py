@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from meshlm.chassis.errors import MeshError, Reason, invalid
+from meshlm.router.complexity import Complexity, load
 from meshlm.router.config import KeyConfig, RouterConfig
 from meshlm.router.fleet import Fleet, Replica
 from meshlm.router.residency import ANYWHERE, Regions, Residency
-from meshlm.router.route_config import RouteConfig, RuleConfig, ShadowConfig, follow
+from meshlm.router.route_config import ComplexityConfig, RouteConfig, RuleConfig, ShadowConfig, follow
 from meshlm.router.splits import arm_of, point
 from meshlm.router.tasks import task_of
 from meshlm.v1 import generation_pb2 as pb
@@ -48,6 +49,7 @@ class Query:
     request_id: str = ""
     resumed: bool = False  # goes on with an answer that some model began
     path: str = "generation.model"  # the field that names the model
+    trial: bool = False  # nothing will come of it: no rule learns from it
 
     @property
     def bound(self) -> bool:
@@ -103,6 +105,7 @@ class Routes:
         self._default = config.default_model
         self._aliases = {name: follow(name, config.aliases) for name in config.aliases}
         self._routes = config.routes
+        self._complexity = Complexity(load())
 
     def resolve(self, query: Query) -> Decision:
         """The model that a request means.
@@ -172,7 +175,7 @@ class Routes:
         if query.bound and len({self._model(model) for _, model in rule.models()}) > 1:
             what = "resume with" if query.resumed else "send token ids to"
             raise invalid(query.path, f"this route may lead to several models: {what} one by its own name")
-        chosen = self._pick(decision, name, route, rule, query)
+        chosen = self._pick(decision, name, number, query)
         order = [*chosen, *self._permitted(decision, rule.fallbacks, query.key)]
         if not order:
             raise _forbidden(self._model(next(rule.models())[1]))
@@ -183,8 +186,12 @@ class Routes:
             decision.shadow = replace(shadow, model=self._model(shadow.model))
             decision.note("shadow", "gets a copy once the request is over, if it has room", decision.shadow.model)
 
-    def _pick(self, decision: Decision, name: str, route: RouteConfig, rule: RuleConfig, query: Query) -> list[str]:
+    def _pick(self, decision: Decision, name: str, number: int, query: Query) -> list[str]:
         """The rule's own choice; empty where the key may use none of it."""
+        route, place = self._routes[name], f"{name}.rules[{number}]"
+        rule = route.rules[number]
+        if rule.complexity is not None:
+            return self._by_complexity(decision, rule.complexity, place, query)
         standing = [target for target in rule.targets if target.weight > 0]
         permitted = self._permitted(decision, [target.model for target in standing], query.key)
         allowed = [target for target in standing if self._model(target.model) in permitted]
@@ -196,6 +203,16 @@ class Routes:
         decision.arm, decision.reason = target.name, "split"
         decision.note("split", f"arm {target.name}, sticky by {route.sticky}", self._model(target.model))
         return [self._model(target.model)]
+
+    def _by_complexity(self, decision: Decision, config: ComplexityConfig, place: str, query: Query) -> list[str]:
+        """The model that the prompt needs, then the other one: it is better than none."""
+        permitted = self._permitted(decision, (config.small, config.large), query.key)
+        if len(permitted) < 2:
+            return permitted
+        hard, why = self._complexity.is_hard(place, config, query.generation.input, learn=not query.trial)
+        decision.reason = "complexity"
+        decision.note("complexity", why, permitted[hard])
+        return [permitted[hard], permitted[not hard]]
 
     def _permitted(self, decision: Decision, names: Iterable[str], key: KeyConfig) -> list[str]:
         """The models of these that the key may use."""

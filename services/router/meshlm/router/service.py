@@ -83,7 +83,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         check_size(measured := measure(request.input), self._config, "input")
         self._pipeline.residency.check(regions := self._pipeline.residency.regions(key))
         generation = Generation(model=request.model, input=request.input)
-        model = self._routes.resolve(Query(generation, key, measured.tokens, request_id(), path="model")).model
+        query = Query(generation, key, measured.tokens, request_id(), path="model", trial=True)
+        model = self._routes.resolve(query).model
         replica = self._fleet.choose(Wanted(model=model, tenant=key.tenant, regions=regions)).replicas[0]
         ask = worker_pb2.CountInputTokensRequest(input=word(request.input, key).source)
         timeout = seconds_left(context) or self._config.default_deadline_seconds
