@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlm.guard.conversation import length_of, turns_of
+from meshlm.guard.conversation import gathered, length_of, turns_of
 from meshlm.v1 import generation_pb2 as pb
 
 TRUSTED = ("system", "assistant")
@@ -41,3 +41,13 @@ def test_offsets_lead_into_the_joined_messages(turns: list[list[tuple[str, bool]
     found = turns_of(chat(*(said("user", *turn) for turn in turns)), "", TRUSTED)
     assert all(whole[turn.offset : turn.offset + len(turn.text)] == turn.text for turn in found)
     assert length_of(found) >= len(whole)
+
+
+def test_very_many_short_turns_are_read_together_and_stand_where_they_stood() -> None:
+    turns = turns_of(chat(*(pb.Message(role="user", content=f"Line {n}.") for n in range(500))), "", ())
+    joined = "\n".join(turn.text for turn in turns)
+    together = gathered(turns)
+    assert len(together) < 20
+    assert "\n".join(turn.text for turn in together) == joined
+    assert all(joined[turn.offset : turn.offset + len(turn.text)] == turn.text for turn in together)
+    assert gathered(turns[:100]) == turns[:100]

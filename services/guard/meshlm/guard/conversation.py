@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from meshlm.chassis.parts import pieces
 from meshlm.guard.judging import Turn
@@ -10,6 +11,9 @@ from meshlm.v1 import generation_pb2
 
 # Between messages in a text judged as one.
 _JOINT = "\n"
+# Turns that are judged one by one; with more, neighbours are taken together up to so many characters.
+_MANY = 100
+_GATHERED = 400
 
 
 def turns_of(source: generation_pb2.Input, token_text: str, trusted_roles: Collection[str]) -> list[Turn]:
@@ -40,6 +44,25 @@ def turns_of(source: generation_pb2.Input, token_text: str, trusted_roles: Colle
             return turns
         case _:
             return []
+
+
+def gathered(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns to be judged; where they are very many and short, neighbours of one kind together, as one text.
+
+    A conversation of ten thousand lines costs as much as a document of its length, and not as ten thousand documents.
+    """
+    judged = [turn for turn in turns if turn.judged]
+    if len(judged) <= _MANY:
+        return judged
+    made: list[Turn] = []
+    for turn in judged:
+        last = made[-1] if made else None
+        follows = last is not None and turn.offset == last.offset + len(last.text) + len(_JOINT)
+        if last is not None and follows and turn.untrusted == last.untrusted and len(last.text) < _GATHERED:
+            made[-1] = replace(last, text=last.text + _JOINT + turn.text)
+        else:
+            made.append(turn)
+    return made
 
 
 def length_of(turns: list[Turn]) -> int:

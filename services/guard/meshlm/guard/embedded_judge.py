@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from meshlm.guard.conversation import gathered
 from meshlm.guard.embedded import EmbeddedModel, Scored
 from meshlm.guard.judging import Head, Opinion, Turn
 from meshlm.guard.windows import WINDOW
@@ -35,7 +36,7 @@ class EmbeddedJudge:
         self, turns: Sequence[Turn], heads: Sequence[Head], *, tenant: str, request_id: str
     ) -> list[Opinion]:
         """See `Judge`. Needs no tenant, and does not fail."""
-        judged = [turn for turn in turns if turn.judged]
+        judged = gathered(turns)
         return await self._run(sum(len(turn.text) for turn in judged), lambda: self._prompt(judged, tuple(heads)))
 
     async def judge_answer(

@@ -19,7 +19,7 @@ from meshlm.guard import indirect, injection, scripts
 from meshlm.guard.answer_rules import AnswerRules
 from meshlm.guard.config import DEFAULT_POLICY, Act, PolicyConfig
 from meshlm.guard.content import ContentWatch, Weighed
-from meshlm.guard.conversation import rewritten
+from meshlm.guard.conversation import gathered, rewritten
 from meshlm.guard.findings import Finding
 from meshlm.guard.judging import Head, Judge, JudgeError, Opinion, Turn
 from meshlm.guard.lookback import View
@@ -91,7 +91,7 @@ class Policy:
         return policy
 
     async def _judge_turns(self, turns: Sequence[Turn], tenant: str, request_id: str) -> generation_pb2.Verdict:
-        read = [turn for turn in turns if turn.judged]
+        read = gathered(turns)
         found = await self._run(sum(len(turn.text) for turn in read), lambda: self._by_rules(read))
         findings, score = found.findings, found.score
         action = max(self._input_action(findings, score), found.action, key=_SEVERITY.index)
