@@ -71,6 +71,8 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
         self.cuts_the_end = False
         self.seed: int | None = None  # told in the start
         self.refusal: MeshError | None = None
+        self.explanation = inference_pb2.ExplainRouteResponse()
+        self.explained = generation_pb2.Generation()
         self.cancelled = asyncio.Event()
         self._server = grpc.aio.server(interceptors=[CallInterceptor(Gate())])
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
@@ -127,6 +129,13 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
         model = inference_pb2.Model(name="scripted", revision="abc", max_context=64, ready_replicas=2, is_default=True)
         route = inference_pb2.Model(name="route", max_context=64, ready_replicas=2, targets=["other", "scripted"])
         return inference_pb2.ListModelsResponse(models=[route, model])
+
+    async def ExplainRoute(
+        self, request: inference_pb2.ExplainRouteRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.ExplainRouteResponse:
+        self._admit(context)
+        self.explained = request.generation
+        return self.explanation
 
     async def CountTokens(
         self, request: inference_pb2.CountTokensRequest, context: grpc.aio.ServicerContext

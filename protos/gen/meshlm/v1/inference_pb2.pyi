@@ -774,3 +774,207 @@ class CountTokensResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["model", b"model", "prompt_tokens", b"prompt_tokens"]) -> None: ...
 
 global___CountTokensResponse = CountTokensResponse
+
+@typing.final
+class ExplainRouteRequest(google.protobuf.message.Message):
+    """A request that is not to run."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: builtins.int
+    @property
+    def generation(self) -> meshlm.v1.generation_pb2.Generation:
+        """What would be generated."""
+
+    def __init__(
+        self,
+        *,
+        generation: meshlm.v1.generation_pb2.Generation | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["generation", b"generation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["generation", b"generation"]) -> None: ...
+
+global___ExplainRouteRequest = ExplainRouteRequest
+
+@typing.final
+class ExplainedLimit(google.protobuf.message.Message):
+    """A limit that applies, and what is left of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: builtins.int
+    HOLDER_FIELD_NUMBER: builtins.int
+    HOLDER_ID_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    AMOUNT_FIELD_NUMBER: builtins.int
+    LEFT_FIELD_NUMBER: builtins.int
+    limit: builtins.str
+    """Its name in the configuration, e.g. `tokens_per_minute`."""
+    holder: builtins.str
+    """Whose it is: `key` or `tenant`."""
+    holder_id: builtins.str
+    """Name of the key or tenant."""
+    model: builtins.str
+    """Model that it is for; empty: all together."""
+    amount: builtins.int
+    """All of it, in the limit's unit."""
+    left: builtins.int
+    """What is left of it now; absent while the ledger does not answer, and where the request could never pass."""
+    def __init__(
+        self,
+        *,
+        limit: builtins.str = ...,
+        holder: builtins.str = ...,
+        holder_id: builtins.str = ...,
+        model: builtins.str = ...,
+        amount: builtins.int = ...,
+        left: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_left", b"_left", "left", b"left"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_left", b"_left", "amount", b"amount", "holder", b"holder", "holder_id", b"holder_id", "left", b"left", "limit", b"limit", "model", b"model"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_left", b"_left"]) -> typing.Literal["left"] | None: ...
+
+global___ExplainedLimit = ExplainedLimit
+
+@typing.final
+class ExplainedRefusal(google.protobuf.message.Message):
+    """What would refuse the request."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MetadataEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    STAGE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    METADATA_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_SECONDS_FIELD_NUMBER: builtins.int
+    stage: builtins.str
+    """Where: `residency`, `model`, `risk`, `limits` or `replica`."""
+    reason: builtins.str
+    """As of the error."""
+    message: builtins.str
+    """As of the error."""
+    retry_after_seconds: builtins.float
+    """Seconds after which it may pass, where waiting helps."""
+    @property
+    def metadata(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """As of the error."""
+
+    def __init__(
+        self,
+        *,
+        stage: builtins.str = ...,
+        reason: builtins.str = ...,
+        message: builtins.str = ...,
+        metadata: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        retry_after_seconds: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_retry_after_seconds", b"_retry_after_seconds", "retry_after_seconds", b"retry_after_seconds"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_retry_after_seconds", b"_retry_after_seconds", "message", b"message", "metadata", b"metadata", "reason", b"reason", "retry_after_seconds", b"retry_after_seconds", "stage", b"stage"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_retry_after_seconds", b"_retry_after_seconds"]) -> typing.Literal["retry_after_seconds"] | None: ...
+
+global___ExplainedRefusal = ExplainedRefusal
+
+@typing.final
+class ExplainRouteResponse(google.protobuf.message.Message):
+    """What would happen to it now. The guard is not asked."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    REGIONS_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
+    LEDGER_FIELD_NUMBER: builtins.int
+    MOST_COST_MICROS_FIELD_NUMBER: builtins.int
+    ADMISSION_FIELD_NUMBER: builtins.int
+    ROUTING_FIELD_NUMBER: builtins.int
+    QUEUE_SECONDS_FIELD_NUMBER: builtins.int
+    CACHE_FIELD_NUMBER: builtins.int
+    GUARD_POLICY_FIELD_NUMBER: builtins.int
+    REFUSALS_FIELD_NUMBER: builtins.int
+    key_id: builtins.str
+    """Key that asks."""
+    tenant: builtins.str
+    """Whose it is."""
+    regions: builtins.str
+    """Regions in which it may be computed and kept; empty: all."""
+    priority: meshlm.v1.generation_pb2.Priority.ValueType
+    """Priority in force."""
+    prompt_tokens: builtins.int
+    """Estimate of the input's tokens."""
+    completion_tokens: builtins.int
+    """Most tokens of the answer, over all choices."""
+    ledger: builtins.str
+    """How the limits would be counted: `shared`, `emergency` (the ledger does not answer) or `unlimited`."""
+    most_cost_micros: builtins.int
+    """Price of the input and the longest answer, millionths of the configured currency. Absent where there is no price."""
+    queue_seconds: builtins.float
+    """Seconds that it would wait for a worker with room, as far as is known (0: not known). Absent where one has room."""
+    cache: builtins.str
+    """Whether the cache would be `asked`, or not: `bypass` (by the request), `region` (it lies elsewhere) or `none`."""
+    guard_policy: builtins.str
+    """Policy of the guard; empty where there is no guard."""
+    @property
+    def limits(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ExplainedLimit]:
+        """Limits that apply."""
+
+    @property
+    def admission(self) -> global___Admission:
+        """What is thought of its risk, and what follows. Absent where that is switched off."""
+
+    @property
+    def routing(self) -> global___RoutingDecision:
+        """Its model and replica, with candidates and why others were left out. Near-equals are drawn among: another of them may
+        be first when it runs. Absent where there is no replica.
+        """
+
+    @property
+    def refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ExplainedRefusal]:
+        """What would refuse it, in the order of the stages; empty if it would run."""
+
+    def __init__(
+        self,
+        *,
+        key_id: builtins.str = ...,
+        tenant: builtins.str = ...,
+        regions: builtins.str = ...,
+        priority: meshlm.v1.generation_pb2.Priority.ValueType = ...,
+        prompt_tokens: builtins.int = ...,
+        completion_tokens: builtins.int = ...,
+        limits: collections.abc.Iterable[global___ExplainedLimit] | None = ...,
+        ledger: builtins.str = ...,
+        most_cost_micros: builtins.int | None = ...,
+        admission: global___Admission | None = ...,
+        routing: global___RoutingDecision | None = ...,
+        queue_seconds: builtins.float | None = ...,
+        cache: builtins.str = ...,
+        guard_policy: builtins.str = ...,
+        refusals: collections.abc.Iterable[global___ExplainedRefusal] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_most_cost_micros", b"_most_cost_micros", "_queue_seconds", b"_queue_seconds", "admission", b"admission", "most_cost_micros", b"most_cost_micros", "queue_seconds", b"queue_seconds", "routing", b"routing"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_most_cost_micros", b"_most_cost_micros", "_queue_seconds", b"_queue_seconds", "admission", b"admission", "cache", b"cache", "completion_tokens", b"completion_tokens", "guard_policy", b"guard_policy", "key_id", b"key_id", "ledger", b"ledger", "limits", b"limits", "most_cost_micros", b"most_cost_micros", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "queue_seconds", b"queue_seconds", "refusals", b"refusals", "regions", b"regions", "routing", b"routing", "tenant", b"tenant"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_most_cost_micros", b"_most_cost_micros"]) -> typing.Literal["most_cost_micros"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_queue_seconds", b"_queue_seconds"]) -> typing.Literal["queue_seconds"] | None: ...
+
+global___ExplainRouteResponse = ExplainRouteResponse

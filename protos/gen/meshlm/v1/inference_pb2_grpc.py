@@ -56,6 +56,11 @@ class InferenceServiceStub(object):
                 request_serializer=meshlm_dot_v1_dot_inference__pb2.CountTokensRequest.SerializeToString,
                 response_deserializer=meshlm_dot_v1_dot_inference__pb2.CountTokensResponse.FromString,
                 _registered_method=True)
+        self.ExplainRoute = channel.unary_unary(
+                '/meshlm.v1.InferenceService/ExplainRoute',
+                request_serializer=meshlm_dot_v1_dot_inference__pb2.ExplainRouteRequest.SerializeToString,
+                response_deserializer=meshlm_dot_v1_dot_inference__pb2.ExplainRouteResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
@@ -91,6 +96,13 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainRoute(self, request, context):
+        """What would happen to a request of this key, and why, without running it: nothing is counted, reserved or computed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +125,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.CountTokens,
                     request_deserializer=meshlm_dot_v1_dot_inference__pb2.CountTokensRequest.FromString,
                     response_serializer=meshlm_dot_v1_dot_inference__pb2.CountTokensResponse.SerializeToString,
+            ),
+            'ExplainRoute': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRoute,
+                    request_deserializer=meshlm_dot_v1_dot_inference__pb2.ExplainRouteRequest.FromString,
+                    response_serializer=meshlm_dot_v1_dot_inference__pb2.ExplainRouteResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +242,33 @@ class InferenceService(object):
             '/meshlm.v1.InferenceService/CountTokens',
             meshlm_dot_v1_dot_inference__pb2.CountTokensRequest.SerializeToString,
             meshlm_dot_v1_dot_inference__pb2.CountTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRoute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshlm.v1.InferenceService/ExplainRoute',
+            meshlm_dot_v1_dot_inference__pb2.ExplainRouteRequest.SerializeToString,
+            meshlm_dot_v1_dot_inference__pb2.ExplainRouteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,12 @@ class InferenceServiceStub:
     ]
     """How many tokens an input has for a model, chat template included."""
 
+    ExplainRoute: grpc.UnaryUnaryMultiCallable[
+        meshlm.v1.inference_pb2.ExplainRouteRequest,
+        meshlm.v1.inference_pb2.ExplainRouteResponse,
+    ]
+    """What would happen to a request of this key, and why, without running it: nothing is counted, reserved or computed."""
+
 class InferenceServiceAsyncStub:
     """Generates text. Errors are gRPC statuses with google.rpc.ErrorInfo (domain `meshlm`); reasons are listed in docs/errors.md.
     Metadata: `authorization: Bearer <key>`; optionally `x-request-id` (1 to 128 of [A-Za-z0-9._-]) and W3C `traceparent`.
@@ -75,6 +81,12 @@ class InferenceServiceAsyncStub:
         meshlm.v1.inference_pb2.CountTokensResponse,
     ]
     """How many tokens an input has for a model, chat template included."""
+
+    ExplainRoute: grpc.aio.UnaryUnaryMultiCallable[
+        meshlm.v1.inference_pb2.ExplainRouteRequest,
+        meshlm.v1.inference_pb2.ExplainRouteResponse,
+    ]
+    """What would happen to a request of this key, and why, without running it: nothing is counted, reserved or computed."""
 
 class InferenceServiceServicer(metaclass=abc.ABCMeta):
     """Generates text. Errors are gRPC statuses with google.rpc.ErrorInfo (domain `meshlm`); reasons are listed in docs/errors.md.
@@ -112,5 +124,13 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[meshlm.v1.inference_pb2.CountTokensResponse, collections.abc.Awaitable[meshlm.v1.inference_pb2.CountTokensResponse]]:
         """How many tokens an input has for a model, chat template included."""
+
+    @abc.abstractmethod
+    def ExplainRoute(
+        self,
+        request: meshlm.v1.inference_pb2.ExplainRouteRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[meshlm.v1.inference_pb2.ExplainRouteResponse, collections.abc.Awaitable[meshlm.v1.inference_pb2.ExplainRouteResponse]]:
+        """What would happen to a request of this key, and why, without running it: nothing is counted, reserved or computed."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

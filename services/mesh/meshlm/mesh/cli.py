@@ -33,6 +33,7 @@ COMMANDS = (
     Command("status", "how each service is", "status"),
     Command("trace", "one request as a waterfall, or the recent ones", "trace"),
     Command("quarantine", "workers that were proven wrong, and their release", "quarantine"),
+    Command("route", "what would happen to a request, and why, without running it", "route"),
     Command("config", "the configuration in force, and where it came from", "show"),
     Command("key", "make keys for callers", "keys"),
     Command("guard", "judge a text as the guard does, and say why", "guard_check"),

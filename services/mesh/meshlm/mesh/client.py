@@ -29,7 +29,7 @@ from meshlm.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 T = TypeVar("T")
 
 _SERVICE = "meshlm.v1.InferenceService"
-_RETRYABLE = ((_SERVICE, "ListModels"), (_SERVICE, "CountTokens"))
+_RETRYABLE = tuple((_SERVICE, method) for method in ("ListModels", "CountTokens", "ExplainRoute"))
 # Another replica, or the same one in a moment, can go on with the answer.
 _RESUMABLE = frozenset({Reason.ENGINE_LOST, Reason.NO_REPLICA, Reason.DRAINING, Reason.OVERLOADED})
 _RESUME_DELAY = 0.2
@@ -121,6 +121,14 @@ class AsyncMesh:
         response = await self._unary(self._stub.CountTokens, request, deadline)
         return int(response.prompt_tokens)
 
+    async def explain(
+        self, *, deadline: float | None = None, **asked: Unpack[Asked]
+    ) -> inference_pb2.ExplainRouteResponse:
+        """What would happen to this request, and why, without running it. Raises MeshError if it makes no sense."""
+        request = inference_pb2.ExplainRouteRequest(generation=generation(**asked))
+        response: inference_pb2.ExplainRouteResponse = await self._unary(self._stub.ExplainRoute, request, deadline)
+        return response
+
     async def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
         await self._channel.close()
@@ -193,6 +201,10 @@ class Mesh:
                 messages=messages, prompt=prompt, token_ids=token_ids, model=model, deadline=deadline
             )
         )
+
+    def explain(self, *, deadline: float | None = None, **asked: Unpack[Asked]) -> inference_pb2.ExplainRouteResponse:
+        """As `AsyncMesh.explain`."""
+        return self._wait(self._mesh.explain(deadline=deadline, **asked))
 
     def close(self) -> None:
         """Close the connection and end the thread."""

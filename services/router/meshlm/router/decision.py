@@ -6,9 +6,29 @@ from opentelemetry.trace import Span
 
 from meshlm.chassis.telemetry import Name
 from meshlm.router.choosing import Candidate, Choice, Exclusion
+from meshlm.router.work import Work
 from meshlm.v1 import inference_pb2 as pb
 
 _MOST = 16
+
+
+def routing_of(work: Work) -> pb.RoutingDecision:
+    """How a request came to its model and replica."""
+    choice = work.choice
+    assert choice is not None  # noqa: S101
+    decision = pb.RoutingDecision(model=choice.model, model_revision=choice.revision)
+    if work.route is not None:
+        work.route.tell(decision)
+    if work.lookup.answer is not None:
+        decision.reason = {"hit": "cache_hit", "shared": "cache_shared"}[work.lookup.outcome]
+        return decision
+    decision.reason = choice.reason
+    decision.candidates.extend(replica.name for replica in choice.replicas)
+    decision.considered.extend(considered(choice))
+    if work.replica is not None and work.replica.state is not None:
+        decision.replica = work.replica.name
+        decision.region = work.replica.state.region
+    return decision
 
 
 def considered(choice: Choice) -> list[pb.Candidate]:

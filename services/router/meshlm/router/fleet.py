@@ -95,6 +95,10 @@ class Fleet:
         assert choice is not None  # noqa: S101  room was not asked for
         return choice
 
+    def look(self, wanted: Wanted, share: float) -> Choice | None:
+        """As `take`, without taking a place."""
+        return self._choose(wanted, share)
+
     def take(self, wanted: Wanted, share: float) -> tuple[Choice, Attempt] | None:
         """A place at the best replica with room, where a request may use `share` of its places; None where all are
         full. The attempt counts from now on, and must be ended. Raises as `choose`."""

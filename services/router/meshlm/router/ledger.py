@@ -22,7 +22,7 @@ from meshlm.router.config import RouterConfig
 from meshlm.router.emergency import EmergencyLimits
 from meshlm.router.ledger_script import LEDGER
 from meshlm.router.limits import Limit, Line, Terms, Usage
-from meshlm.router.reservation import Reservation, refusal
+from meshlm.router.reservation import Peek, Reservation, refusal
 
 log = structlog.get_logger()
 
@@ -85,6 +85,22 @@ class Ledger:
         if any(limit.kind.form == "streams" for limit in terms.limits):
             self._keep(reservation)
         return reservation
+
+    async def peek(self, terms: Terms, prompt: int, at_most: int) -> Peek:
+        """What `reserve` would find now. Nothing is taken."""
+        if not terms.limits:
+            return Peek("unlimited")
+        usage = Usage(prompt=prompt)
+        reservation = Reservation(f"peek/{time.monotonic_ns()}", terms, usage)
+        try:
+            wanted = reservation.first_slice(min(SLICE, at_most))
+        except MeshError as error:
+            return Peek("shared", refused=error)
+        answer = await self._run("peek", reservation, reservation.lines(usage), wanted, wanted)
+        if answer is None:
+            return Peek("emergency")
+        outcome, _, wait, by, *left = answer
+        return Peek("shared", tuple(left), None if outcome else refusal(terms.limits[by - 1], wait / 1e6))
 
     async def extend(self, reservation: Reservation, usage: Usage, wanted: int) -> tuple[Limit, float] | None:
         """Hold `wanted` completion tokens in all, but never fewer than `usage` has; sets `granted`.

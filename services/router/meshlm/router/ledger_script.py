@@ -38,9 +38,10 @@ end
 
 # KEYS: the reservation; then one a limit, and for streams a second one (what leases weigh above 1).
 # ARGV: the reservation's id, and all else as words of one text, for a client pays by the argument: operation (reserve,
-#   extend, settle), the operation's number, completion tokens wanted, the least of them that are of use (extend: were
-#   sent already), ms the reservation is known without a sign of life, ms of a lease; then five a limit: form, capacity,
-#   emission (us a unit, for a rate), and what it is charged: fixed, and for each token.
+#   extend, settle; peek is a reserve that takes nothing), the operation's number, completion tokens wanted, the least
+#   of them that are of use (extend: were sent already), ms the reservation is known without a sign of life, ms of a
+#   lease; then five a limit: form, capacity, emission (us a unit, for a rate), and what it is charged: fixed, and for
+#   each token.
 # Returns {outcome, tokens granted, wait (us), index of the limit that granted least (0: all was granted), left...}.
 #   Outcomes: 1 done; 0 over a limit, nothing was taken; 2 done before; 3 settled before.
 # Times have 16 digits and are written with %.0f, for Lua prints only 14.
@@ -54,6 +55,7 @@ local now = seconds * 1000000 + tonumber(time[2])
 local id, words = ARGV[1], {}
 for word in string.gmatch(ARGV[2], '%S+') do words[#words + 1] = word end
 local operation, number = words[1], tonumber(words[2])
+local reserving = operation == 'reserve' or operation == 'peek'
 local wanted, least, lease = tonumber(words[3]), tonumber(words[4]), tonumber(words[6])
 
 local function whole(value) return string.format('%.0f', value) end
@@ -99,7 +101,7 @@ local function most_of(limit)
   if limit.each > 0 then
     return math.floor(((limit.room + limit.held) * limit.scale - limit.fixed) / limit.each + 1e-9)
   end
-  if operation == 'reserve' and cost(limit, 0) - limit.held > limit.room + 1e-9 then return -1 end
+  if reserving and cost(limit, 0) - limit.held > limit.room + 1e-9 then return -1 end
   return math.huge
 end
 
@@ -126,11 +128,16 @@ for i = 1, (#words - 6) / 5 do
   limits[i] = limit
   look(limit)
   local most = most_of(limit)
-  if operation == 'reserve' then
+  if reserving then
     if most < least and wait_of(limit, least) > wait then granted, by, wait = -1, i, wait_of(limit, least) end
   elseif most < granted then
     granted, by, wait = most, i, wait_of(limit, wanted)
   end
+end
+if operation == 'peek' then
+  local seen = {by > 0 and 0 or 1, math.max(0, least), wait, by}
+  for i, limit in ipairs(limits) do seen[i + 4] = math.max(0, math.floor(limit.room + 0.01)) end
+  return seen
 end
 if operation == 'reserve' then
   if by > 0 then return {0, 0, wait, by} end

@@ -16,8 +16,9 @@ from meshlm.chassis.telemetry import Name, span
 from meshlm.router.answers import Answers, Lookup
 from meshlm.router.budget import Budget
 from meshlm.router.config import RouterConfig
-from meshlm.router.decision import annotate, considered
+from meshlm.router.decision import annotate, routing_of
 from meshlm.router.dispatch import Dispatcher, token_text
+from meshlm.router.explain import Explainer
 from meshlm.router.fleet import Fleet
 from meshlm.router.guarding import Guards
 from meshlm.router.hedging import Hedges
@@ -74,6 +75,15 @@ class Pipeline:
         overload = Overload(config.overload)
         fleet.listen(overload.note_end, overload.wake)
         self._dispatcher = Dispatcher(fleet, retries, overload)
+        self.explainer = Explainer(
+            config,
+            ledger=ledger,
+            fleet=fleet,
+            routes=self.routes,
+            residency=self.residency,
+            vigilance=vigilance,
+            overload=overload,
+        )
         self._settling: set[asyncio.Task[None]] = set()
 
     async def run(self, work: Work) -> AsyncGenerator[Response, None]:
@@ -306,7 +316,10 @@ class Pipeline:
 
     def _start(self, work: Work) -> inference_pb2.StreamStart:
         start = inference_pb2.StreamStart(
-            request_id=work.request_id, trace_id=work.trace_id, routing=_routing(work), input_verdict=work.input_verdict
+            request_id=work.request_id,
+            trace_id=work.trace_id,
+            routing=routing_of(work),
+            input_verdict=work.input_verdict,
         )
         if work.lookup.answer is None and (seed := work.seed) is not None:
             start.seed = seed
@@ -364,24 +377,6 @@ class Pipeline:
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
         await asyncio.shield(task)
-
-
-def _routing(work: Work) -> inference_pb2.RoutingDecision:
-    choice = work.choice
-    assert choice is not None  # noqa: S101
-    decision = inference_pb2.RoutingDecision(model=choice.model, model_revision=choice.revision)
-    if work.route is not None:
-        work.route.tell(decision)
-    if work.lookup.answer is not None:
-        decision.reason = {"hit": "cache_hit", "shared": "cache_shared"}[work.lookup.outcome]
-        return decision
-    decision.reason = choice.reason
-    decision.candidates.extend(replica.name for replica in choice.replicas)
-    decision.considered.extend(considered(choice))
-    if work.replica is not None and work.replica.state is not None:
-        decision.replica = work.replica.name
-        decision.region = work.replica.state.region
-    return decision
 
 
 def _policy(verdict: pb.Verdict | None) -> str:

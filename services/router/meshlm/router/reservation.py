@@ -72,6 +72,15 @@ class Reservation:
         return min(self.terms.weight, max(1.0, limit.amount / alone)) if alone else self.terms.weight
 
 
+@dataclass(frozen=True)
+class Peek:
+    """What a reservation would find."""
+
+    mode: str  # as of a reservation
+    left: tuple[int, ...] = ()  # of each limit of its terms; empty where that is not known
+    refused: MeshError | None = None
+
+
 def impossible(limit: Limit, least: float) -> MeshError:
     """A request that can never pass."""
     return MeshError(

@@ -75,6 +75,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             )
         return pb.ListModelsResponse(models=sorted(listed, key=lambda model: model.name))
 
+    async def ExplainRoute(
+        self, request: pb.ExplainRouteRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ExplainRouteResponse:
+        """Of the caller's own key: what it may see of itself it may see beforehand."""
+        key = self._keys.identify(context.invocation_metadata())
+        asked = pb.StreamGenerateRequest(generation=request.generation)
+        work = Work.begin(asked, key, (request_id(), current_trace_id()), seconds_left(context), self._config)
+        return await self._pipeline.explainer.explain(work)
+
     async def CountTokens(
         self, request: pb.CountTokensRequest, context: grpc.aio.ServicerContext
     ) -> pb.CountTokensResponse:

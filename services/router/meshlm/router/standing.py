@@ -98,8 +98,12 @@ class Standings:
         answer = await self._run("look", caller, identifier, [*caller.places, score])
         if answer is None:
             return own
-        risk, key, passes, wait, route, score = (_text(part) for part in answer)
-        return Standing(float(risk), State(key), State(route), passes == "1", int(wait) / 1000, score)
+        return _standing(answer)
+
+    async def peek(self, caller: Caller, score: str) -> Standing:
+        """As `look`, for a request that is not to run: no probe is taken."""
+        answer = await self._run("peek", caller, "", [*caller.places, score])
+        return self._own.peek(caller, self._clock() * 1000) if answer is None else _standing(answer)
 
     async def note(self, caller: Caller, identifier: str, *, risk: float, flagged: bool | None) -> Opened:
         """After it: the risk that was seen in it, and whether it was an attack (None: nobody can say)."""
@@ -163,6 +167,13 @@ class _Own:
             return Standing(risk, key.state, passes=False, wait=key.wait / 1000, shared=False)
         return Standing(risk, key.state, self._breaker(of_route).look(identifier, now).state, shared=False)
 
+    def peek(self, caller: Caller, now: float) -> Standing:
+        place, of_key, of_route = caller.places
+        key, risk = self._breaker(of_key), self._risk(place, now)
+        if key.state is State.OPEN and now < key.until:
+            return Standing(risk, key.state, passes=False, wait=(key.until - now) / 1000, shared=False)
+        return Standing(risk, key.state, self._breaker(of_route).state, shared=False)
+
     def note(
         self, caller: Caller, identifier: str, risk: float, flagged: bool | None, now: float, jitter: list[float]
     ) -> Opened:
@@ -188,6 +199,11 @@ class _Own:
         if len(self._breakers) > _REMEMBERED:
             self._breakers.popitem(last=False)
         return breaker
+
+
+def _standing(answer: list[object]) -> Standing:
+    risk, key, passes, wait, route, score = (_text(part) for part in answer)
+    return Standing(float(risk), State(key), State(route), passes == "1", int(wait) / 1000, score)
 
 
 def _text(part: object) -> str:

@@ -22,8 +22,9 @@ local CUSUM_LIMIT, Z, PROBES, PROBE_WAIT = {breaker.CUSUM_LIMIT}, 1.959964, {bre
 """
 
 # KEYS: the caller's risk, the caller's breaker, the tenant's breaker on this route, and (to look) the prompt's score.
-# ARGV: JSON: {op: look | note, id, half_life (ms), risk (note: what was seen), flagged (note: 1, 0, or -1 if nothing is
-#   known), jitter: [key's, route's], open, longest, probe (ms), baseline, highest}.
+# ARGV: JSON: {op: look | peek (a look that takes no probe) | note, id, half_life (ms), risk (note: what was seen),
+#   flagged (note: 1, 0, or -1 if nothing is known), jitter: [key's, route's], open, longest, probe (ms), baseline,
+#   highest}.
 # Returns for `look` {risk, key's state, passes (1 or 0), wait (ms), route's state, score or ''}; the route's breaker is
 #   not asked where the key's lets nothing pass. For `note` {risk, key opened (1 or 0), route opened}.
 BODY = (
@@ -103,7 +104,7 @@ local function look(key)
     if #probes + b.clean >= PROBES then passes, wait = 0, PROBE_WAIT
     else probes[#probes + 1] = {ask.id, now + ask.probe} end
   end
-  if passes == 1 or before ~= b.state then save(key, b) end
+  if ask.op == 'look' and (passes == 1 or before ~= b.state) then save(key, b) end
   return b.state, passes, wait
 end
 
@@ -154,7 +155,7 @@ if kept then
   local value, since = string.match(kept, '(%S+) (%S+)')
   risk = tonumber(value) * 0.5 ^ (math.max(0, now - tonumber(since)) / ask.half_life)
 end
-if ask.op == 'look' then
+if ask.op == 'look' or ask.op == 'peek' then
   local state, passes, wait = look(KEYS[2])
   local route = 'closed'
   if passes == 1 then route = look(KEYS[3]) end

@@ -98,20 +98,16 @@ class Vigilance:
             identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
             place = self._scorer.place(work)
             standing = await self._standings.look(caller, identifier, place or caller.no_score)
-            surprise = self._surprise(work, standing)
-            of_prompt = risk_of(surprise, self._config.entropy.ramps)
-            risk = max(standing.risk, of_prompt)
-            tightened = standing.route is not State.CLOSED
-            weight = MOST if tightened else weight_of(risk)
-            work.assessment = found = Assessment(
-                caller, identifier, mode == "shadow", standing, place, surprise, risk, weight
-            )
+            found = self._assess(work, caller, identifier, standing, place, shadow=mode == "shadow")
+            surprise, of_prompt = found.surprise, risk_of(found.surprise, self._config.entropy.ramps)
+            if surprise is not None:
+                self._surprises.record(surprise.nats, {"source": "model" if surprise.by_model else "ngram"})
             current.set_attributes(
                 {
                     Name.RISK_CALLER: standing.risk,
                     Name.RISK_PROMPT: of_prompt,
                     **({Name.SURPRISE: surprise.nats, Name.SURPRISE_SOURCE: surprise.source} if surprise else {}),
-                    Name.RISK_WEIGHT: weight,
+                    Name.RISK_WEIGHT: found.weight,
                     Name.RISK_SHADOW: found.shadow,
                     Name.RISK_SHARED: standing.shared,
                     Name.BREAKER_KEY: standing.key,
@@ -122,13 +118,36 @@ class Vigilance:
             self._risks.record(of_prompt, {"source": "prompt"})
             if not standing.passes:
                 self._refusals.add(1, {Name.TENANT: caller.tenant, Name.RISK_SHADOW: found.shadow})
-            if found.shadow:
-                return
-            if not standing.passes:
-                raise _refusal(standing.wait)
-            if tightened:
-                self._tighten(work)
-            self._weigh(work, found)
+            self._follow(work, found)
+
+    async def peek(self, work: Work) -> None:
+        """As `look`, for a request that is not to run: nothing is counted, and no probe of a breaker is taken."""
+        mode = work.key.risk or self._config.risk.mode
+        if mode == "off":
+            return
+        caller, place = Caller(work.key.tenant, work.key.id, work.generation.model), self._scorer.place(work)
+        standing = await self._standings.peek(caller, place or caller.no_score)
+        self._follow(work, self._assess(work, caller, "", standing, place, shadow=mode == "shadow"))
+
+    def _assess(
+        self, work: Work, caller: Caller, identifier: str, standing: Standing, place: str, *, shadow: bool
+    ) -> Assessment:
+        """Sets `work.assessment`."""
+        surprise = self._surprise(work, standing)
+        risk = max(standing.risk, risk_of(surprise, self._config.entropy.ramps))
+        weight = MOST if standing.route is not State.CLOSED else weight_of(risk)
+        work.assessment = Assessment(caller, identifier, shadow, standing, place, surprise, risk, weight)
+        return work.assessment
+
+    def _follow(self, work: Work, found: Assessment) -> None:
+        """What follows from an assessment. Raises MeshError BREAKER_OPEN."""
+        if found.shadow:
+            return
+        if not found.standing.passes:
+            raise _refusal(found.standing.wait)
+        if found.standing.route is not State.CLOSED:
+            self._tighten(work)
+        self._weigh(work, found)
 
     def read(self, work: Work) -> None:
         """Once a request is admitted: have its prompt scored beside it, where a model is to and has not yet."""
@@ -179,8 +198,6 @@ class Vigilance:
         known = self._scorer.recall(standing.score) if standing.score else None
         if known is None:
             known = self._estimator.surprise(text_of(work.generation.input), self._config.entropy.tokens)
-        if known is not None:
-            self._surprises.record(known.nats, {"source": "model" if known.by_model else "ngram"})
         return known
 
     async def _score(self, work: Work, found: Assessment) -> None:
