@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 from meshlm.router.fleet import Fleet
@@ -24,10 +23,10 @@ def fleet(clock: Clock, *states: dict[str, Any], overload: OverloadConfig | None
         [f"unix:/nowhere/{number}" for number in range(len(states))],
         ReplicaConfig(**{"slow_start_seconds": 0.0, **config}),
         overload or OverloadConfig(),
+        clock=clock,
     )
-    made._chance = random.Random(3)
+    made.seed(3)
     for number, (replica, fields) in enumerate(zip(made.replicas, states, strict=True)):
-        replica.clock = clock
         replica.hear(state(number, **fields))
     return made
 

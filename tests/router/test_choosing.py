@@ -22,10 +22,8 @@ TEXT = "The house rules, which every prompt of this caller begins with. " * 60
 
 
 @pytest.fixture
-async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("meshlm.router.fleet.time.monotonic", clock)
-    return clock
+def clock() -> Clock:
+    return Clock()
 
 
 def digest(text: str) -> bytes:

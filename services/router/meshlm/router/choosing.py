@@ -14,8 +14,9 @@ from meshlm.chassis.prefixes import TextPrefix
 from meshlm.router.replica import Replica
 from meshlm.router.residency import ANYWHERE, Regions
 
-# Replicas within so much of the best are as good as it: what is known of them is up to a twentieth of a second old.
-_NEAR = 1.25
+# Replicas within so much of the best, and so many steps more, are as good as it: what is known of them is some steps old.
+_NEAR = 1.5
+_NEAR_STEPS = 1
 # A session leaves its replica where it would take so many times as long as at the best, and so much longer in seconds.
 _SESSION_YIELDS = 2.0
 _SESSION_YIELDS_SECONDS = 0.1
@@ -126,7 +127,8 @@ def pick(candidates: Sequence[Candidate], wanted: Wanted, chance: random.Random)
         longest = max(_SESSION_YIELDS * best.seconds, best.seconds + _SESSION_YIELDS_SECONDS)
         if own.seconds <= longest:
             return own, "session"
-    near = [candidate for candidate in ranked if candidate.seconds <= _NEAR * best.seconds]
+    most = _NEAR * best.seconds + _NEAR_STEPS * best.replica.step_seconds
+    near = [candidate for candidate in ranked if candidate.seconds <= most]
     # The better of two drawn, not the best: routers that know the same would all send their next request to that one.
     first = min(chance.choice(near), chance.choice(near), key=_rank)
     heaviest = max(candidate.weight for candidate in candidates)

@@ -41,15 +41,21 @@ class Fleet:
         overload: OverloadConfig = OverloadConfig(),  # noqa: B008
         *,
         silence_seconds: float = _SILENCE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.replicas = [Replica(target, overload) for target in targets]
+        self.replicas = [Replica(target, overload, clock) for target in targets]
         self._config = config
         self._silence_seconds = silence_seconds
+        self._clock = clock
         self._watches: list[asyncio.Task[None]] = []
         self._on_news: Callable[[], None] = lambda: None
         self._chance = random.Random()  # noqa: S311  where a request goes is no secret
         self._limits = meter().create_gauge(Name.OVERLOAD_LIMIT, "{request}", "This router's places at a worker")
         self._ejections = meter().create_counter(Name.REPLICA_EJECTIONS, "{ejection}", "Replicas left out as outliers")
+
+    def seed(self, number: int) -> None:
+        """Draw as another fleet of this seed: for tests and simulations."""
+        self._chance.seed(number)
 
     def listen(self, on_end: Callable[[str], None], on_news: Callable[[], None]) -> None:
         """Tell whoever waits for room: of a place that came free, with its model, and of what a worker told."""
@@ -110,7 +116,7 @@ class Fleet:
 
     def _choose(self, wanted: Wanted, share: float | None) -> Choice | None:
         """None where all that could take it are full. Raises as `choose`."""
-        now = time.monotonic()
+        now = self._clock()
         self._eject(wanted.model, now)
         able, excluded = sort_out(self.replicas, wanted, now, share)
         reason = ""

@@ -150,6 +150,10 @@ class Replica:
         told = max(0, self.state.running + self.state.waiting - self._ended)
         return told + sum(not attempt.told for attempt in self._attempts)
 
+    @property
+    def step_seconds(self) -> float:
+        return max(self.state.step_seconds if self.state is not None else 0.0, _STEP)
+
     def seconds_to_first_token(self, tokens: int) -> float:
         """Predicted for a prompt of which `tokens` are to be computed: those queued before it, its own, and a step for
         each sequence in its hands; what does not fit into the free blocks is paid twice, for others are preempted."""
@@ -158,8 +162,7 @@ class Replica:
         pending = max(0, state.pending_prefill_tokens - self._computed)
         pending += sum(a.tokens for a in self._attempts if not a.told and a.first is None)
         short = max(0, tokens - state.free_blocks * state.block_size) if state.block_size else 0
-        step = max(state.step_seconds, _STEP)
-        return (pending + tokens + short) * self.prefill_seconds + (1 + self.load) * step
+        return (pending + tokens + short) * self.prefill_seconds + (1 + self.load) * self.step_seconds
 
     def learn_first(self, attempt: Attempt, message: worker_pb2.RunGenerationResponse) -> None:
         """The first token came."""
