@@ -14,7 +14,7 @@ from meshlm.chassis.prefixes import TextPrefix
 from meshlm.router.replica import Replica
 from meshlm.router.residency import ANYWHERE, Regions
 
-# Replicas within so much of the best, and so many steps more, are as good as it: what is known of them is some steps old.
+# Replicas within so much of the best, and so many steps more, are as good: what is known of them is some steps old.
 _NEAR = 1.5
 _NEAR_STEPS = 1
 # A session leaves its replica where it would take so many times as long as at the best, and so much longer in seconds.
