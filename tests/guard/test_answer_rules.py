@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from asking import feed
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from meshlm.guard.config import PolicyConfig
 from meshlm.guard.policy import ALLOW, BLOCK, FLAG, Policy
@@ -67,3 +69,41 @@ def test_the_earlier_of_two_findings_stops_the_answer() -> None:
 def test_a_mistake_in_the_configuration_is_named(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PolicyConfig(**fields)  # type: ignore[arg-type]
+
+
+PIECES = st.sampled_from(
+    [
+        BAD,
+        GOOD,
+        CANARY,
+        CANARY[:16],
+        "-".join(CANARY[::-1]),
+        "<tool_call>",
+        "{",
+        '"',
+        "words ",
+        "3fa8",
+        "\n",
+        "[TOOL_CALLS]",
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(PIECES, max_size=8), st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_any_cut_of_an_answer_gives_the_same_verdict_and_releases_no_more(pieces: list[str], sizes: list[int]) -> None:
+    text = "".join(pieces)
+    policy = Policy(PolicyConfig(tool_calls="listed", tools={"now": "{}"}))
+    whole, cut = policy.output_check(canaries=[CANARY]), policy.output_check(canaries=[CANARY])
+    feed(whole, text, last=True)
+    at, number = 0, 0
+    while at < len(text) and not cut.decided:
+        size = sizes[number % len(sizes)]
+        feed(cut, text[at : at + size])
+        at, number = at + size, number + 1
+        assert BAD not in text[: cut.released]
+        assert CANARY not in text[: cut.released]
+    if not cut.decided:
+        feed(cut, "", last=True)
+    assert policy.judge_output(cut) == policy.judge_output(whole)
+    assert cut.released == whole.released

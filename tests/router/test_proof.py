@@ -76,6 +76,15 @@ class TestVotes:
         await until(lambda: not mesh.prover._running)
         return str(responses[0].start.routing.replica)
 
+    async def test_a_verifier_reads_the_input_as_the_worker_read_it(self, mesh: Any) -> None:
+        page = pb.Message(role="user", parts=[pb.Part(text="a page of others", untrusted=True)])
+        source = pb.Input(chat=pb.Chat(messages=[page]))
+        await collect(mesh.stream(input=source, cache_policy=pb.CACHE_POLICY_BYPASS))
+        await until(lambda: self.asked)
+        (read,) = [request.generation.input for worker in mesh.workers for request in worker.requests]
+        assert [asked.input for asked in self.asked] == [read]
+        assert read != source
+
     async def test_agreement_changes_nothing(self, mesh: Any) -> None:
         await self.served_by(mesh)
         (request,) = self.asked

@@ -43,11 +43,32 @@ class _Needles:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """The last characters of an alphabet in the text, as they are read, and where each stands."""
+class _Begun:
+    """The longest end of the text, in characters of an alphabet as they are read, that begins a needle; and where each
+    of them stands."""
 
     text: str = ""
     places: tuple[int, ...] = ()
+
+    def held(self, length: int) -> int:
+        """The least place of a text of so many characters from which it could still become a needle."""
+        alive = self.places and length - self.places[-1] <= _GAP
+        return self.places[0] if alive else length
+
+    def take(self, needles: _Needles, letter: str, place: int) -> _Begun | int:
+        """With the next letter; or the place where a needle begins that is complete with it."""
+        text, places = self.text + letter, (*self.places, place)
+        if self.places and place - self.places[-1] > _GAP:
+            text, places = letter, (place,)
+        for length in needles.lengths:
+            if length > len(text):
+                break
+            if text[-length:] in needles.whole:
+                return places[-length]
+        start = 0
+        while start < len(text) and text[start:] not in needles.begun:
+            start += 1
+        return _Begun(text[start:], places[start:])
 
 
 class CanaryWatch:
@@ -55,7 +76,7 @@ class CanaryWatch:
 
     def __init__(self, canaries: Sequence[str]) -> None:
         self._needles = _needles(tuple(canaries))
-        self._kept = tuple(_Kept() for _ in self._needles)
+        self._begun = tuple(_Begun() for _ in self._needles)
         self._length = 0
         self.found: Finding | None = None
         self.decided_at = 0
@@ -65,54 +86,24 @@ class CanaryWatch:
         """See `Watch`."""
         if self.found is not None:
             return True
-        kept = [(list(k.text), list(k.places)) for k in self._kept]
+        begun = list(self._begun)
         for place, char in enumerate(text, self._length):
-            read = skeleton(char)
-            if not read:
-                continue
-            for needles, (chars, places) in zip(self._needles, kept, strict=True):
-                start = _take(needles, chars, places, read, place)
-                if start is not None:
-                    # What was let go by then is what would have been, had the text come letter by letter.
-                    self.feed(text[: place - self._length])
-                    self.found = Finding("canary", CATEGORY, 1.0, start, place + 1)
-                    self.decided_at = place + 1
-                    return True
+            for letter in skeleton(char):
+                for index, needles in enumerate(self._needles):
+                    if letter not in needles.alphabet or not (begun[index].text or letter in needles.begun):
+                        continue
+                    taken = begun[index].take(needles, letter, place)
+                    if isinstance(taken, int):
+                        # What was let go by then is what would have been, had the text come letter by letter.
+                        self.feed(text[: place - self._length])
+                        self.found = Finding("canary", CATEGORY, 1.0, taken, place + 1)
+                        self.decided_at = place + 1
+                        return True
+                    begun[index] = taken
         self._length += len(text)
-        longest = [needles.lengths[-1] for needles in self._needles]
-        self._kept = tuple(
-            _Kept("".join(chars[-most:]), tuple(places[-most:]))
-            for most, (chars, places) in zip(longest, kept, strict=True)
-        )
-        held = (_held(n, k, self._length) for n, k in zip(self._needles, self._kept, strict=True))
-        self.clear = min(held, default=self._length)
+        self._begun = tuple(begun)
+        self.clear = min((b.held(self._length) for b in begun), default=self._length)
         return False
-
-
-def _take(needles: _Needles, chars: list[str], places: list[int], read: str, place: int) -> int | None:
-    """Add what a character reads as. Where a needle begins that is complete now, or None."""
-    for letter in read:
-        if letter not in needles.alphabet:
-            continue
-        if places and place - places[-1] > _GAP:
-            chars.clear()
-            places.clear()
-        chars.append(letter)
-        places.append(place)
-        for length in needles.lengths:
-            if len(chars) >= length and "".join(chars[-length:]) in needles.whole:
-                return places[-length]
-    return None
-
-
-def _held(needles: _Needles, kept: _Kept, length: int) -> int:
-    """The least place from which the text could still become a needle; its length if there is none."""
-    if not kept.places or length - kept.places[-1] > _GAP:
-        return length
-    for size in range(min(len(kept.text), needles.lengths[-1] - 1), 0, -1):
-        if kept.text[-size:] in needles.begun:
-            return kept.places[-size]
-    return length
 
 
 @lru_cache(maxsize=64)

@@ -79,7 +79,7 @@ class Prover:
         request = worker_pb2.ScoreRequest(
             request_id=work.request_id,
             model=work.generation.model,
-            input=work.generation.input,
+            input=work.wording().source,
             priority=pb.PRIORITY_BATCH,
             tenant=work.key.tenant,
             cache_salt=work.cache_salt,
