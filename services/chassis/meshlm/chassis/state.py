@@ -7,8 +7,18 @@ from typing import Any, cast
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisClusterException, RedisError
 
 from meshlm.chassis.config import StateConfig
+
+
+class _Cluster(RedisCluster):
+    async def initialize(self, *arguments: Any, **more: Any) -> RedisCluster:
+        """Find the nodes. Where none answers, this class of the library raises what is no RedisError."""
+        try:
+            return await super().initialize(*arguments, **more)
+        except RedisClusterException as error:
+            raise RedisError(str(error)) from None
 
 
 def connect(config: StateConfig) -> Redis:
@@ -21,6 +31,6 @@ def connect(config: StateConfig) -> Redis:
     if not config.redis_url.startswith("unix:"):  # a unix socket connects at once or not at all, and takes no limit
         limits["socket_connect_timeout"] = config.timeout_seconds
     if config.cluster:
-        return cast(Redis, RedisCluster.from_url(config.redis_url, **limits))
+        return cast(Redis, _Cluster.from_url(config.redis_url, **limits))
     client: Redis = Redis.from_url(config.redis_url, **limits)
     return client
