@@ -20,6 +20,7 @@ from meshlm.guard.embedded import EmbeddedModel
 from meshlm.guard.judges import Judges
 from meshlm.guard.judging import Head, JudgeError, Turn
 from meshlm.guard.llama.config import LlamaGuardConfig
+from meshlm.mesh import model as chat_model
 from meshlm.mesh.launcher import isolated_mesh
 
 # The packages, and what `guard_ready_made.py` calls what is in them.
@@ -78,6 +79,7 @@ def ready_made() -> Iterator[list[System]]:
 async def zero_shot(texts: Sequence[str]) -> tuple[Scores, Scores]:
     """Scores of the small chat model that is asked in Llama Guard's words, of worker and guard as they are served; and
     milliseconds a text, one after the other."""
+    chat_model.fetch()
     with TemporaryDirectory(prefix="meshlm-guard-") as folder, isolated_mesh(Path(folder), {}) as mesh:
         await mesh.start()
         asked = LlamaGuardConfig(workers=(mesh.address("worker"),), timeout_seconds=60.0, least_mass=0.0)
