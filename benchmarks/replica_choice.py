@@ -295,7 +295,7 @@ def arrivals(load: Load, seed: int, count: int) -> list[Request]:
 
 
 def runs(policy: str, load: Load, routers: int, *, quick: bool) -> list[Outcome]:
-    count = 1200 if quick else 4000
+    count = 1200 if quick else 2000
     seeds = range(1 if quick else 3)
     return [Simulation(policy, routers, arrivals(load, seed, count), seed).run() for seed in seeds]
 

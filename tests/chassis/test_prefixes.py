@@ -7,7 +7,7 @@ from hashlib import blake2b
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlm.chassis.prefixes import CHUNK_BYTES, TextPrefix, contains
+from meshlm.chassis.prefixes import TextPrefix, contains, covered, prompt_bytes
 from meshlm.v1 import generation_pb2 as pb
 
 
@@ -24,12 +24,10 @@ def test_conversations_share_exactly_the_chunks_of_their_common_beginning(same: 
     first = chat(("system", same), ("user", one))
     second = chat(("system", same), ("user", other))
     left, right = hashes(first), hashes(second)
-    common = len(f"csystem\x1f\x1e{same}\x1duser\x1f\x1e".encode()) // CHUNK_BYTES
-    assert left[:common] == right[:common]
-    if one != other and not one.startswith(other) and not other.startswith(one):
-        assert left != right or len(left) == common or len(left) == len(right)
-        beyond = zip(left[common + 20 :], right[common + 20 :], strict=False)
-        assert all(a != b for a, b in beyond)
+    data = [prompt_bytes(first), prompt_bytes(second)]
+    shared = next((i for i, (a, b) in enumerate(zip(*data, strict=False)) if a != b), min(map(len, data)))
+    for number, (a, b) in enumerate(zip(left, right, strict=False), start=1):
+        assert (a == b) is (covered(number) <= shared)
 
 
 def test_a_longer_conversation_begins_with_its_shorter_self() -> None:
@@ -55,6 +53,15 @@ def test_the_chain_is_the_one_that_the_readme_describes() -> None:
 @given(st.binary(max_size=64), st.binary(min_size=16, max_size=16))
 def test_a_digest_that_makes_no_sense_is_no_error(digest: bytes, text_hash: bytes) -> None:
     assert contains(digest, text_hash) in (True, False)
+
+
+@given(st.integers(0, 400_000))
+def test_chunks_lie_side_by_side_and_never_beyond_the_text(size: int) -> None:
+    prefix = TextPrefix(pb.Input(prompt="x" * size), b"")
+    count = prefix.chunks
+    assert covered(count) <= prefix.size
+    assert count == 256 or covered(count + 1) > prefix.size
+    assert sum(1 for _ in prefix.hashes()) == count
 
 
 def test_an_empty_digest_and_one_without_probes_hold_nothing() -> None:

@@ -249,3 +249,12 @@ async def test_what_ended_since_a_worker_last_told_is_no_load_any_more(clock: Cl
     attempt.end()
     assert made.replicas[0].load == 0
     assert firsts(made, wanted("hi"))["0"] > 100  # as good as the other one
+
+
+async def test_what_an_engine_that_died_had_cached_is_not_expected_of_the_next_one(clock: Clock) -> None:
+    made = fleet(clock, {}, {})
+    what = wanted()
+    made.replicas[1].begin(what.prefix, 0).end()
+    assert made.choose(what).candidates[0].cached > 500
+    made.replicas[1].hear(state(1, counters=worker_pb2.EngineCounters(engine_starts=2)))
+    assert {candidate.cached for candidate in made.choose(what).candidates} == {0}

@@ -10,8 +10,11 @@ from hashlib import blake2b
 from meshlm.chassis.parts import content_of
 from meshlm.v1 import generation_pb2 as pb
 
-CHUNK_BYTES = 128  # about two blocks of 16 tokens
-MOST_CHUNKS = 1024  # what comes after the first 128 KiB is not looked at
+# Chunks are short where prompts begin, about two blocks of 16 tokens, and longer where they are long already: what a
+# chunk more or less is worth is its share of the whole.
+SHORT_BYTES, SHORT_CHUNKS = 128, 64
+LONG_BYTES = 1024
+MOST_CHUNKS = 256  # what comes after the first 200 KiB is not looked at
 HASH_BYTES = 16
 # A digest of fewer bytes says nothing: a count of probes, and a filter of at least 8 bits.
 _LEAST_DIGEST = 2
@@ -35,16 +38,23 @@ class TextPrefix:
     @property
     def chunks(self) -> int:
         """How many whole chunks there are, at most MOST_CHUNKS."""
-        return min(len(self._data) // CHUNK_BYTES, MOST_CHUNKS)
+        if len(self._data) < covered(SHORT_CHUNKS):
+            return len(self._data) // SHORT_BYTES
+        return min(SHORT_CHUNKS + (len(self._data) - covered(SHORT_CHUNKS)) // LONG_BYTES, MOST_CHUNKS)
 
     def hashes(self, most: int = MOST_CHUNKS) -> Iterator[bytes]:
         """The hashes of the first 1, 2, 3, ... chunks, `most` of them."""
         for number in range(min(most, self.chunks)):
             if number == len(self._hashes):
                 parent = self._hashes[-1] if self._hashes else self._root
-                chunk = self._data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+                chunk = self._data[covered(number) : covered(number + 1)]
                 self._hashes.append(blake2b(parent + chunk, digest_size=HASH_BYTES).digest())
             yield self._hashes[number]
+
+
+def covered(chunks: int) -> int:
+    """The bytes of a prompt's first so many chunks."""
+    return SHORT_BYTES * min(chunks, SHORT_CHUNKS) + LONG_BYTES * max(0, chunks - SHORT_CHUNKS)
 
 
 def prompt_bytes(source: pb.Input) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import Reason
-from meshlm.chassis.prefixes import CHUNK_BYTES, TextPrefix, contains
+from meshlm.chassis.prefixes import TextPrefix, contains, covered
 from meshlm.router.concurrency import ConcurrencyLimit
 from meshlm.router.health import FIRST_TOKENS, Health
 from meshlm.router.overload_config import OverloadConfig
@@ -20,7 +20,7 @@ _ON_ITS_WAY = 0.05
 # Chunks of a prompt that a replica was just sent count as cached there so long, seconds: they soon are, and the next
 # one with the same beginning should not be computed elsewhere.
 _PROMISE = 2.0
-_PROMISED_CHUNKS = 64
+_PROMISED_CHUNKS = 96
 _PROMISES = 4096
 # Prompt tokens a second of a worker that has not shown its own pace yet.
 _TOKENS_PER_SECOND = 2000.0
@@ -108,7 +108,9 @@ class Replica:
         return not queue_full and self.in_flight < max(1, int(share * self.limit.value))
 
     def hear(self, state: worker_pb2.WatchLoadResponse) -> None:
-        was_usable, self.state = self.usable, state
+        was_usable, before, self.state = self.usable, self.state, state
+        if before is not None and before.counters.engine_starts != state.counters.engine_starts:
+            self._promised.clear()  # the new engine's cache is empty
         now = self.clock()
         if self.usable and not was_usable:
             self.ready_since = now
@@ -141,7 +143,7 @@ class Replica:
             if not contains(state.text_digest, text_hash) and self._promised.get(text_hash, 0.0) < now:
                 break
             found += 1
-        return min(1.0, found * CHUNK_BYTES / prefix.size)
+        return covered(found) / prefix.size
 
     @property
     def load(self) -> int:

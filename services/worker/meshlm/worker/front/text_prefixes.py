@@ -15,7 +15,7 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from meshlm.chassis.prefixes import CHUNK_BYTES, TextPrefix
+from meshlm.chassis.prefixes import TextPrefix, covered
 from meshlm.worker.engine.blocks import extend_chain
 from meshlm.worker.engine.digest import LARGEST_BITS, PROBES, SMALLEST_BITS
 
@@ -33,7 +33,7 @@ def text_blocks(prefix: TextPrefix, prompt: list[int], block_size: int, salt: by
     blocks: list[bytes] = []
     pairs = []
     for number, text_hash in enumerate(prefix.hashes(), start=1):
-        tokens = number * CHUNK_BYTES * len(prompt) // prefix.size
+        tokens = covered(number) * len(prompt) // prefix.size
         wanted = max(1, tokens // block_size)
         if wanted > full:
             break
