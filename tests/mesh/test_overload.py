@@ -93,9 +93,10 @@ async def test_a_request_that_waited_says_so_in_its_trace() -> None:
 
 
 async def test_prompts_with_one_beginning_go_where_it_is_cached() -> None:
-    async with running(TWO, step=0.001, extra=holder()) as rig:
+    # Eight steps of prefill, against the one that a sequence in the other's hands would be worth.
+    async with running(TWO, step=0.02, extra=holder()) as rig:
         await enter(rig)
-        house = "These rules begin every prompt of this caller, and are long enough to matter. " * 12
+        house = "These rules begin every prompt of this caller, and are long enough to matter. " * 24
         first = await start_of(rig, house + "0")
         home = first.routing.replica
         reasons = Counter[str]()
@@ -104,7 +105,7 @@ async def test_prompts_with_one_beginning_go_where_it_is_cached() -> None:
             assert start.routing.replica == home, (number, str(start.routing))
             reasons[start.routing.reason] += 1
             chosen, other = start.routing.considered
-            assert chosen.cached_tokens > 200 > other.cached_tokens
+            assert chosen.cached_tokens > 500 > other.cached_tokens
         assert reasons == {"prefix": 7}
 
 
