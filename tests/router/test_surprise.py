@@ -208,6 +208,14 @@ class TestModelsScore:
         await idle(mesh)
         assert len(scores.requests) == 1
 
+    async def test_a_calm_model_does_not_outweigh_the_estimate(self, mesh: Mesh, scores: Scores) -> None:
+        scores.nats = 0.0
+        first = await told(mesh, noise(1))
+        await idle(mesh)
+        again = await told(mesh, noise(1))
+        assert again.risk >= first.risk - 0.01 > 0, "random characters do not surprise a model that knows of them"
+        assert len(scores.requests) == 1
+
     async def test_no_token_waits_for_it(self, mesh: Mesh, scores: Scores) -> None:
         scores.hold = asyncio.Event()
         answer = await collect(mesh.stream(PROSE))

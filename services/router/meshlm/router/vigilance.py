@@ -38,7 +38,7 @@ class Assessment:
     shadow: bool
     standing: Standing
     place: str  # where a model's score of its prompt is remembered; empty: no model scores it
-    surprise: Surprise | None  # of its prompt: what a model said of it before, or else the estimate
+    surprise: Surprise | None  # of its prompt: the estimate, or what a model said of it before
     risk: float
     weight: float  # as it would be, were it not for the shadow
     scored: Surprise | None = None  # of its prompt, once a model has read it
@@ -99,7 +99,7 @@ class Vigilance:
             place = self._scorer.place(work)
             standing = await self._standings.look(caller, identifier, place or caller.no_score)
             found = self._assess(work, caller, identifier, standing, place, shadow=mode == "shadow")
-            surprise, of_prompt = found.surprise, risk_of(found.surprise, self._config.entropy.ramps)
+            surprise, of_prompt = found.surprise, self._risk_of(found.surprise)
             if surprise is not None:
                 self._surprises.record(surprise.nats, {"source": "model" if surprise.by_model else "ngram"})
             current.set_attributes(
@@ -134,7 +134,7 @@ class Vigilance:
     ) -> Assessment:
         """Sets `work.assessment`."""
         surprise = self._surprise(work, standing)
-        risk = max(standing.risk, risk_of(surprise, self._config.entropy.ramps))
+        risk = max(standing.risk, self._risk_of(surprise))
         weight = MOST if standing.route is not State.CLOSED else weight_of(risk)
         work.assessment = Assessment(caller, identifier, shadow, standing, place, surprise, risk, weight)
         return work.assessment
@@ -152,7 +152,7 @@ class Vigilance:
     def read(self, work: Work) -> None:
         """Once a request is admitted: have its prompt scored beside it, where a model is to and has not yet."""
         found = work.assessment
-        if found is None or not found.place or (found.surprise is not None and found.surprise.by_model):
+        if found is None or not found.place or found.standing.score:
             return
         task = asyncio.create_task(self._score(work, found))
         self._scoring.add(task)
@@ -172,7 +172,7 @@ class Vigilance:
             return
         found.noted = True
         seen = guard_risk(work)
-        risk = max(seen, risk_of(found.read, self._config.entropy.ramps))
+        risk = max(seen, self._risk_of(found.surprise), self._risk_of(found.scored))
         attack = is_attack(work, flag_score=self._config.risk.flag_score)
         self._risks.record(seen, {"source": "guard"})
         opened = await self._standings.note(found.caller, found.identifier, risk=risk, flagged=attack)
@@ -194,11 +194,13 @@ class Vigilance:
                 )
 
     def _surprise(self, work: Work, standing: Standing) -> Surprise | None:
-        """What a model said of this prompt before, or else the estimate."""
+        """The riskier of the estimate and what a model said of this prompt before: one sees noise, one suffixes."""
         known = self._scorer.recall(standing.score) if standing.score else None
-        if known is None:
-            known = self._estimator.surprise(text_of(work.generation.input), self._config.entropy.tokens)
-        return known
+        estimate = self._estimator.surprise(text_of(work.generation.input), self._config.entropy.tokens)
+        return max(known, estimate, key=self._risk_of) if known is not None else estimate
+
+    def _risk_of(self, surprise: Surprise | None) -> float:
+        return risk_of(surprise, self._config.entropy.ramps)
 
     async def _score(self, work: Work, found: Assessment) -> None:
         """Nobody waits for it: the weight stays what it was, and the caller's next requests know."""
@@ -208,8 +210,7 @@ class Vigilance:
         found.scored = scored
         self._surprises.record(scored.nats, {"source": "model"})
         if found.noted:
-            risk = risk_of(scored, self._config.entropy.ramps)
-            await self._standings.note(found.caller, found.identifier, risk=risk, flagged=None)
+            await self._standings.note(found.caller, found.identifier, risk=self._risk_of(scored), flagged=None)
 
     def _tighten(self, work: Work) -> None:
         """The tenant's breaker is open on this route: its requests are judged strictly, and not without a guard."""
