@@ -19,7 +19,7 @@ from meshlm.guard.policy import ALLOW, BLOCK, FLAG, Policy
 from meshlm.guard.stream import OutputCheck
 from meshlm.v1 import generation_pb2
 
-WORDS = {"grim": 0.985, "dire": 0.992, "vile": 0.999}  # told; doubtful; stops
+WORDS = {"grim": 0.92, "dire": 0.97, "vile": 0.999}  # told; doubtful; stops
 SECRET = SECRETS["secret.github_token"]
 PLAIN = "Nothing but a plain word and yet another one after it. "  # 55 characters
 
