@@ -3,11 +3,13 @@
 Reads what both models made of `question_sets.py` (`model_answers.csv`, from runs of `model_answers.py`), and draws the
 scorer's quality-cost curve, each question scored by what was learned from the other nine tenths: beside chance, the
 prompt's length, the small model's doubt (which it must answer for, first), and an oracle that knows both answers.
-`--train` learns from all of them and writes the scorer that the router ships. Runs in seconds: no model is asked again.
+`--train` learns from all of them and writes the scorer that the router ships. Runs in seconds: no model is asked again,
+unless `--embed FILE.gguf` has the small model read each question, to learn from its hidden states beside the features.
 """
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 from collections.abc import Callable, Sequence
@@ -16,14 +18,16 @@ from typing import Any
 
 import numpy as np
 from harness import ROOT, Row, option_parser, report
+from model_answers import worker
 from question_sets import FOLDS, Question, questions
 
 from meshlm.router.complexity import FEATURES, Scorer, features, parse, quantiles_of
 from meshlm.v1 import generation_pb2 as pb
+from meshlm.v1 import worker_pb2
 
 ANSWERS = ROOT / "benchmarks/model_answers.csv"
 SCORER = ROOT / "services/router/meshlm/router/complexity.json"
-PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 RESAMPLES, SEED = 2000, 6
 SMALL_SHARE = 0.8
 
@@ -100,6 +104,28 @@ def scorer_of(data: Answered, rows: Array, version: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+async def embed(data: Answered, model: Path) -> Array:
+    """The small model's last hidden state of each question, with the chat's template: (questions, hidden size)."""
+    found = []
+    async with worker(model) as stub:
+        for number, source in enumerate(data.inputs):
+            request = worker_pb2.EmbedRequest(
+                request_id=str(number), inputs=[source], pooling=worker_pb2.POOLING_LAST, tenant="benchmark"
+            )
+            found.append(list((await stub.Embed(request)).embeddings[0].vector))
+    return np.array(found)
+
+
+def out_of_fold(x: Array, data: Answered) -> Array:
+    """Each question's predicted gain, by what was learned from the other folds."""
+    score = np.zeros(len(x))
+    for fold in range(FOLDS):
+        rows = data.fold != fold
+        weights, bias = ridge(x[rows], data.gain[rows], best_penalty(x[rows], data.gain[rows]))
+        score[~rows] = x[~rows] @ weights + bias
+    return score
+
+
 def held_out(data: Answered) -> tuple[Array, Array]:
     """The score of each question and whether it goes to the large model, by a scorer and a threshold (for SMALL_SHARE)
     learned from the other folds."""
@@ -142,7 +168,7 @@ def interval(data: Answered, score: Array, value: Callable[[Array], float]) -> l
     return [round(float(end), 3) for end in np.percentile(found, [2.5, 97.5])]
 
 
-def evaluate(data: Answered) -> tuple[list[Row], dict[str, Any]]:
+def evaluate(data: Answered, wide: Array | None = None) -> tuple[list[Row], dict[str, Any]]:
     score, to_large = held_out(data)
     large = 1 - SMALL_SHARE
 
@@ -163,6 +189,7 @@ def evaluate(data: Answered) -> tuple[list[Row], dict[str, Any]]:
         row("apgr", apgr(ours), "chance", 0.5),
         row("apgr_length_alone", apgr(line(data.features[:, FEATURES.index("length")])), "chance", 0.5),
         row("apgr_small_models_doubt", apgr(line(-data.small_sure)), "chance", 0.5),
+        *([row("apgr_with_embedding", apgr(line(out_of_fold(wide, data))), "chance", 0.5)] if wide is not None else []),
         row("apgr_oracle", apgr(line(data.gain)), "chance", 0.5),
         row("right_at_80_small", at_share(ours, large), "chance, same share", (1 - large) * ours[0] + large * ours[-1]),
         row("right_at_50_small", at_share(ours, 0.5), "chance, same share", (ours[0] + ours[-1]) / 2),
@@ -174,6 +201,8 @@ def evaluate(data: Answered) -> tuple[list[Row], dict[str, Any]]:
         "apgr_small_models_doubt": interval(data, -data.small_sure, apgr),
         "right_over_chance_at_80_small": interval(data, score, over_chance),
     }
+    if wide is not None:
+        intervals["apgr_with_embedding"] = interval(data, out_of_fold(wide, data), apgr)
     return rows, {"intervals_95": intervals, "sources": by_source(data, to_large), "unseen_sources": unseen(data)}
 
 
@@ -208,12 +237,16 @@ def _input(question: Question) -> pb.Input:
 def main() -> None:
     parser = option_parser(__doc__ or "")
     parser.add_argument("--train", action="store_true", help="learn the scorer anew and write the router's file")
+    parser.add_argument("--embed", type=Path, metavar="FILE", help="learn from this model's hidden states, too")
     arguments = parser.parse_args()
     data = Answered(questions(), read_answers())
     if arguments.train:
         everything = np.ones(len(data.questions), dtype=bool)
         SCORER.write_text(json.dumps(scorer_of(data, everything, "questions-1"), indent=1) + "\n")
-    rows, more = evaluate(data)
+    wide = None
+    if arguments.embed:
+        wide = np.hstack([data.features, asyncio.run(embed(data, arguments.embed))])
+    rows, more = evaluate(data, wide)
     report("model_routing", rows, arguments.json, **more)
     for name, found in more.items():
         print(f"{name}: {json.dumps(found)}")

@@ -13,7 +13,7 @@ from meshlm.chassis.config import ConfigError, Source
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.router.config import RouterConfig
 from meshlm.router.fleet import Fleet
-from meshlm.router.route_config import RouteConfig, RuleConfig, TargetConfig
+from meshlm.router.route_config import RouteConfig, RuleConfig, TargetConfig, follow
 from meshlm.router.routes import Decision, Query, Routes
 from meshlm.v1 import generation_pb2 as pb
 from tests.router.names import MODELS, holder, query, refused, routes, to, up
@@ -244,6 +244,19 @@ class TestConfig:
         with pytest.raises(ConfigError) as caught:
             Source.read(file, {}).section("router", RouterConfig)
         assert str(caught.value).startswith(told)
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.dictionaries(st.sampled_from("abcdef"), st.sampled_from("abcdefg"), max_size=6))
+    def test_aliases_lead_to_a_model_or_are_refused_for_their_circle(self, aliases: dict[str, str]) -> None:
+        for name in aliases:
+            place, steps = name, 0
+            while place in aliases and steps <= len(aliases):
+                place, steps = aliases[place], steps + 1
+            if place in aliases:  # more steps than names: it never ends
+                with pytest.raises(ValueError, match=f"aliases.{name}: leads in a circle"):
+                    follow(name, aliases)
+            else:
+                assert follow(name, aliases) == place
 
     def test_a_key_whose_models_name_a_route_is_refused_for_it_could_use_nothing(self) -> None:
         with pytest.raises(ValueError, match=r"keys\[0\]\.models: r is a route"):
