@@ -45,6 +45,7 @@ def router_config() -> dict[str, Any]:
             "tasks": RouteConfig(rules=(to("m"),), sampling="by_task"),
             "easy": RouteConfig(rules=(by_complexity(threshold=1.0),)),
             "hard": RouteConfig(rules=(by_complexity(threshold=0.0),)),
+            "learns": RouteConfig(rules=(by_complexity(calibration="recent"),)),
             "long": RouteConfig(rules=(to("n", min_context=60), to("m"))),
         },
     }
@@ -178,12 +179,12 @@ async def test_routes_are_listed_with_what_they_lead_the_key_to(two: Mesh) -> No
         return {model.name: model for model in response.models}
 
     models = await listed()
-    assert sorted(models) == ["alias", "easy", "hard", "long", "m", "n", "safe", "split", "tasks"]
+    assert sorted(models) == ["alias", "easy", "hard", "learns", "long", "m", "n", "safe", "split", "tasks"]
     assert (list(models["safe"].targets), models["safe"].ready_replicas) == (["m", "n"], 2)
     assert (models["safe"].revision, list(models["m"].targets)) == ("", [])
     two.rekey((key(models=("n",)),))
     models = await listed()
-    assert sorted(models) == ["easy", "hard", "long", "n", "safe", "split"]
+    assert sorted(models) == ["easy", "hard", "learns", "long", "n", "safe", "split"]
     assert list(models["safe"].targets) == ["n"]
 
 
@@ -249,3 +250,17 @@ async def test_a_caller_that_is_throttled_stays_so_where_its_request_falls_back(
     first, *_ = await collect(two.stream(model="safe"))
     assert first.start.routing.model == "n"
     assert 70 < await charged(state, "tokens_per_minute", 6000) <= 80
+
+
+async def test_a_rule_that_learns_from_traffic_does_not_learn_from_questions_about_it(two: Mesh) -> None:
+    recent = two.pipeline.routes._complexity._recent
+    generation = two.generation("Why?", model="learns")
+    request = inference_pb2.ExplainRouteRequest(generation=generation)
+    told = await two.stub.ExplainRoute(request, metadata=two.metadata)
+    assert told.routing.model_reason == "complexity"
+    await two.stub.CountTokens(
+        inference_pb2.CountTokensRequest(model="learns", input=generation.input), metadata=two.metadata
+    )
+    assert not recent
+    await collect(two.stream("Why?", model="learns"))
+    assert list(recent) == ["learns.rules[0]"]

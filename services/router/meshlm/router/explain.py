@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from meshlm.chassis.errors import MeshError
 from meshlm.chassis.validation import is_deterministic
@@ -63,7 +64,7 @@ class Explainer:
         with _stage(told, "residency"):
             self._residency.check(work.regions)
         try:
-            work.route = self._routes.resolve(work.query)
+            work.route = self._routes.resolve(replace(work.query, trial=True))
         except MeshError as error:  # without a model, nothing more can be known
             _refuse(told, "model", error)
             return told
