@@ -303,7 +303,7 @@ class Mesh:
             returns=Returns(state, self.config.streams),
             prover=self.prover,
         )
-        self.servicer = InferenceServicer(self.config, KeyRing(self.config.keys), self.fleet, self.pipeline)
+        self.servicer = InferenceServicer(self.config, KeyRing(self.config.callers), self.fleet, self.pipeline)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.servicer, self._server(f"unix:{folder}/r"))
         self.channel = open_channel(f"unix:{folder}/r")
         self.stub: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)

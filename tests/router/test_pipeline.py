@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error, invalid
-from meshlm.router.config import KeyConfig
+from meshlm.router.config import KeyConfig, TenantConfig
 from meshlm.router.fleet import Fleet
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
@@ -592,3 +592,18 @@ async def test_a_guard_that_refuses_by_its_own_policy_is_not_overruled_by_a_leni
     mesh.rekey((dataclasses.replace(mesh.config.keys[0], guard_failure="allow"),))
     mesh.guard.declines = MeshError(Reason.GUARD_UNAVAILABLE, "no model")
     assert (await failure(mesh.stream())).reason == Reason.GUARD_UNAVAILABLE
+
+
+class TestTenantsPolicy:
+    @pytest.fixture
+    def router_config(self) -> dict[str, Any]:
+        return {"tenants": {"t": TenantConfig(guard_policy="careful")}}
+
+    async def test_a_key_that_names_no_policy_is_under_its_tenants(self, mesh: Any) -> None:
+        await collect(mesh.stream())
+        assert mesh.guard.inputs[0].policy == "careful"
+        assert mesh.guard.starts[0].policy == "careful"
+        assert mesh.cache.lookups[0].policy == "careful"
+        mesh.rekey((dataclasses.replace(mesh.config.callers[0], guard_policy="own"),))
+        await collect(mesh.stream("again"))
+        assert mesh.guard.inputs[1].policy == "own"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
@@ -85,6 +85,8 @@ class TenantConfig(LimitConfig):
     model_limits: dict[str, LimitConfig] = field(default_factory=dict)
     # Regions in which its requests may be computed and kept; empty: all. `eu` allows `eu-west-1` too.
     regions: tuple[str, ...] = ()
+    # Name of the guard's policy for its keys that name none; empty: the guard's default.
+    guard_policy: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class KeyConfig(LimitConfig):
     regions: tuple[str, ...] = ()
     # May send token ids, and plain prompts in which control tokens count.
     raw_prompts: bool = False
-    # Name of the guard's policy; empty: the guard's default.
+    # Name of the guard's policy; empty: its tenant's.
     guard_policy: str = ""
     # What happens when the guard cannot answer.
     guard_failure: Literal["refuse", "allow"] = "refuse"
@@ -230,6 +232,12 @@ class RouterConfig:
                 raise ValueError(
                     f"keys[{number}].models: {name} is {kinds[name]}: a key's models are by their own names"
                 )
+
+    @property
+    def callers(self) -> tuple[KeyConfig, ...]:
+        """The keys, with their tenant's policy where they name none."""
+        policies = {name: tenant.guard_policy for name, tenant in self.tenants.items()}
+        return tuple(replace(k, guard_policy=k.guard_policy or policies.get(k.tenant, "")) for k in self.keys)
 
     def all_limits(self) -> Iterator[LimitConfig]:
         """Every holder's limits, over all models and on single ones."""

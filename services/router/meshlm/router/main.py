@@ -56,7 +56,7 @@ class RouterService:
         )
 
     def register(self, grpc_server: grpc.aio.Server) -> Sequence[str]:
-        servicer = InferenceServicer(self._config, KeyRing(self._config.keys), self._fleet, self._pipeline)
+        servicer = InferenceServicer(self._config, KeyRing(self._config.callers), self._fleet, self._pipeline)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, grpc_server)
         return ["meshlm.v1.InferenceService"]
 
