@@ -21,11 +21,12 @@ from meshlm.v1 import generation_pb2
 
 WORDS = {"grim": 0.92, "dire": 0.97, "vile": 0.999}  # told; doubtful; stops
 SECRET = SECRETS["secret.github_token"]
+SCORES = {"answer_flag_score": 0.98, "answer_confirm_score": 0.99, "answer_block_score": 0.997}
 PLAIN = "Nothing but a plain word and yet another one after it. "  # 55 characters
 
 
 def policy(release: str = "strict", *, reads: int = 64, words: dict[str, float] | None = None) -> Policy:
-    return Policy(PolicyConfig(answer_release=release), ScriptedJudge(words or WORDS, reads=reads))  # type: ignore[arg-type]
+    return Policy(PolicyConfig(answer_release=release, **SCORES), ScriptedJudge(words or WORDS, reads=reads))  # type: ignore[arg-type]
 
 
 async def checked(made: Policy, pieces: list[str]) -> tuple[OutputCheck, generation_pb2.Verdict]:
@@ -77,7 +78,7 @@ def test_nor_on_how_late_the_opinions_are(release: str, parts: list[str], at: li
                 await asyncio.sleep(0)
             return await super().judge_answer(*args, **more)  # type: ignore[arg-type]
 
-    slow = Policy(PolicyConfig(answer_release=release), Slow(WORDS, reads=64))  # type: ignore[arg-type]
+    slow = Policy(PolicyConfig(answer_release=release, **SCORES), Slow(WORDS, reads=64))  # type: ignore[arg-type]
 
     async def verdicts() -> list[generation_pb2.Verdict]:
         prompt, late = await checked(policy(release), [text]), await checked(slow, cuts(text, at))
@@ -96,6 +97,17 @@ async def test_strict_releases_nothing_before_it_is_judged_and_fast_all_that_is_
             told.append(check.released)
         await check.feed("", last=True)
         assert [*told, check.released] == expected
+
+
+@pytest.mark.parametrize("release", ["strict", "fast"])
+@pytest.mark.parametrize("begins", range(30, 66, 5))
+async def test_a_verdict_on_a_window_lets_nothing_out_that_patterns_hold(release: str, begins: int) -> None:
+    text = "x" * (begins - 1) + " " + SECRET + " and on it goes, with plain words, for quite a while longer"
+    check = policy(release).output_check()
+    for character in text:
+        await check.feed(character)
+        assert check.released <= begins
+    assert check.blocked is not None
 
 
 async def test_a_sure_score_stops_at_once_and_nothing_of_its_window_is_out() -> None:
@@ -127,7 +139,7 @@ async def test_a_doubtful_score_at_the_end_stops() -> None:
 async def test_what_is_only_told_does_not_hold() -> None:
     check, verdict = await checked(policy(), ["grim " + "x" * 59, "and on"])
     assert (verdict.action, check.released) == (FLAG, 70)
-    allowed = Policy(PolicyConfig(actions={"S1": "allow"}), ScriptedJudge(WORDS))
+    allowed = Policy(PolicyConfig(actions={"S1": "allow"}, **SCORES), ScriptedJudge(WORDS))
     assert (await checked(allowed, ["vile"]))[1].action == ALLOW
 
 
@@ -165,14 +177,14 @@ async def test_an_answer_that_nobody_waits_for_is_not_judged_on() -> None:
 async def test_a_judge_that_cannot_judge_refuses_or_leaves_it_to_the_rules_as_the_policy_says(release: str) -> None:
     judge = ScriptedJudge({})
     judge.fails = True
-    closed = Policy(PolicyConfig(answer_release=release), judge)  # type: ignore[arg-type]
+    closed = Policy(PolicyConfig(answer_release=release, **SCORES), judge)  # type: ignore[arg-type]
     with pytest.raises(MeshError) as caught:
         await checked(closed, [PLAIN, PLAIN])
     assert caught.value.reason == Reason.GUARD_UNAVAILABLE
     with pytest.raises(MeshError) as caught:
         await closed.judge_input([Turn("user", "hello")])
     assert caught.value.reason == Reason.GUARD_UNAVAILABLE
-    opened = Policy(PolicyConfig(answer_release=release, failure="allow"), judge)  # type: ignore[arg-type]
+    opened = Policy(PolicyConfig(answer_release=release, **SCORES, failure="allow"), judge)  # type: ignore[arg-type]
     check, verdict = await checked(opened, [PLAIN, PLAIN, SECRET + " "])
     assert verdict.action == BLOCK
     assert check.released == (64 if release == "strict" else 110)

@@ -24,6 +24,7 @@ from meshlm.v1 import guard_pb2, inference_pb2, worker_pb2
 Moderation = inference_pb2.Moderation
 KEY = "AK" + "IA" + "QWERTZUIOPASDFG2"
 MAIL = "jo.doe@example.org"
+SCORES = {"answer_flag_score": 0.98, "answer_confirm_score": 0.99, "answer_block_score": 0.997}
 PLAIN = "Nothing but a plain word and yet another one after it. "  # 55 characters
 
 
@@ -104,7 +105,7 @@ class Ward:
 def guarded(release: str, judge: WordJudge | None, **more: Any) -> Ward:
     """A ward whose guard is the real one; addresses are redacted."""
     actions = {"pii.email": "redact", **more.pop("actions", {})}
-    policies = Policies({"default": PolicyConfig(answer_release=release, actions=actions)}, judge)  # type: ignore[arg-type]
+    policies = Policies({"default": PolicyConfig(answer_release=release, actions=actions, **SCORES)}, judge)  # type: ignore[arg-type]
     checks = lambda requests: AnswerChecks(GuardConfig(), policies, lambda verdict: None).responses(requests)  # noqa: E731
     return Ward(checks, **more)
 

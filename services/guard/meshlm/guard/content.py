@@ -45,9 +45,7 @@ class ContentWatch:
 
     def clear(self, length: int) -> int:
         """Characters that this watch lets go, of `length`."""
-        if self.found is not None:
-            return min(length, self.standing)
-        return self.standing if self._strict else length
+        return min(length, self.standing) if self._strict or self.found is not None else length
 
     def take(self, view: View, weighed: Weighed, *, last: bool) -> None:
         """The opinion of the next window; `last`: the answer ends with it."""
