@@ -235,7 +235,7 @@ def main() -> int:
     for name, values in without_model(texts).items():
         told_curves += curves(name, values, ordinary, attacking)
     if not chosen.no_model:
-        fewer = {name: group[:: max(1, len(group) // (6 if chosen.quick else 30))] for name, group in texts.items()}
+        fewer = {name: group[:: max(1, len(group) // (3 if chosen.quick else 30))] for name, group in texts.items()}
         peaks, means, reader = asyncio.run(by_model(fewer))
         told_curves = curves(MODEL, peaks, ordinary, attacking) + told_curves
         told_curves += curves("mean surprisal, SmolLM2", means, ordinary, attacking)

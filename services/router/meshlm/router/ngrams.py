@@ -2,7 +2,8 @@
 
 Back-off n-grams as in ARPA files: a gram that is known has its probability, one that is not has that of its shorter
 one, times the context's back-off. Tables are hashed: a slot holds a mark of its gram, 16 bits of the
-hash, against mix-ups. A gram counts only where its context is known too. `benchmarks/ngram_table.py` makes the file.
+hash, against mix-ups. A gram counts only where its context is known too. `benchmarks/entropy_data/ngram_table.py`
+makes the file.
 """
 
 from __future__ import annotations

