@@ -103,7 +103,7 @@ async def running(
         file = Path(root) / "mesh.toml"
         listen = listen or f"unix:{root}/router"
         windows = "" if "[guard" in extra else WINDOWS
-        file.write_text(workers + CONFIG.format(listen=listen, step=step, interval=interval) + windows + extra)
+        file.write_text(workers + CONFIG.format(listen=listen, step=step, interval=interval) + extra + "\n" + windows)
         folder = StateFolder(Path(root) / "s")
         folder.acquire()
         told = Source.read(file, {}).section("mesh", MeshConfig)
