@@ -15,7 +15,7 @@ _MOST_WINDOWS = 4
 # One attack in so many is also put into a harmless document: of these sources, in one of these forms.
 _HIDDEN_ONE_IN = 2
 _DOCUMENTS = frozenset(
-    ("boolq", "quac", "xsum", "fiqa", "dialogues", "chitchat", "privacy-policy", "narrative", "code")
+    ("boolq", "quac", "xsum", "fiqa", "dialogues", "chitchat", "privacy-policy", "narrative", "code", "packages")
 )
 _WRAPPERS = (
     "{0}", "{0}", "{0}", "<!-- {0} -->", "[{0}]", "Note to the assistant that reads this: {0}", "SYSTEM: {0}",
@@ -34,12 +34,23 @@ def texts(example: Example, positive: bool) -> Iterator[str]:
 
 
 def with_hidden(examples: Sequence[Example]) -> Iterator[Example]:
-    """The examples, and attacks inside harmless documents: what indirect injection looks like."""
+    """The examples, and attacks inside harmless documents: what indirect injection looks like.
+
+    As many harmless texts are hidden in the same ways, so that nothing is learned from the way.
+    """
     documents = [e.text for e in examples if e.source in _DOCUMENTS and len(e.text) > 150]
-    short = [e for e in examples if e.attack and len(e.text) <= _LONGEST_HIDDEN and e.source != "neuralchemy"]
+    short = [e for e in examples if len(e.text) <= _LONGEST_HIDDEN and e.source != "neuralchemy"]
+    attacks = [e for e in short if e.attack][::_HIDDEN_ONE_IN]
+    harmless = [e for e in short if e.attack is False and e.harm is False and e.source not in _DOCUMENTS]
     yield from examples
-    for index, attack in enumerate(short[::_HIDDEN_ONE_IN] if documents else ()):
-        told = _WRAPPERS[index % len(_WRAPPERS)].format(attack.text)
+    if documents:
+        yield from _hidden(attacks, documents)
+        yield from _hidden(harmless[:: max(1, len(harmless) // max(1, len(attacks)))], documents)
+
+
+def _hidden(examples: Sequence[Example], documents: Sequence[str]) -> Iterator[Example]:
+    for index, example in enumerate(examples):
+        told = _WRAPPERS[index % len(_WRAPPERS)].format(example.text)
         # Some of it in long documents, some in short ones; all within one window.
         longest = (WINDOW, WINDOW // 2)[index % 2] - len(told) - 50
         document = documents[index % len(documents)][: max(100, longest)]
@@ -47,7 +58,7 @@ def with_hidden(examples: Sequence[Example]) -> Iterator[Example]:
         sentences = document.split(". ")
         at = 1 + index % 3
         text = ". ".join([*sentences[:at], told, *sentences[at:]])
-        yield replace(attack, text=text, source=f"{attack.source}-hidden", kind="indirect")
+        yield replace(example, text=text, source=f"{example.source}-hidden", kind="indirect")
 
 
 def _all(text: str) -> Iterable[str]:

