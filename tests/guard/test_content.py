@@ -21,7 +21,7 @@ from meshlm.v1 import generation_pb2
 
 WORDS = {"grim": 0.92, "dire": 0.97, "vile": 0.999}  # told; doubtful; stops
 SECRET = SECRETS["secret.github_token"]
-SCORES = {"answer_flag_score": 0.98, "answer_confirm_score": 0.99, "answer_block_score": 0.997}
+SCORES = {"answer_flag_score": 0.9, "answer_confirm_score": 0.95, "answer_block_score": 0.99}
 PLAIN = "Nothing but a plain word and yet another one after it. "  # 55 characters
 
 
