@@ -16,6 +16,7 @@ from harness import Row, options, report
 from meshlm.guard.config import PolicyConfig
 from meshlm.guard.embedded import EmbeddedModel
 from meshlm.guard.injection import combined, detect
+from meshlm.guard.training.descriptions import PACKAGES
 
 _READ = 6_000  # characters of a description
 
@@ -25,8 +26,10 @@ def share(scores: Sequence[float], threshold: float) -> float:
 
 
 def descriptions(most: int | None) -> list[str]:
-    """Those of some length, by the package's name."""
-    found = {d.metadata["Name"]: d.metadata.get_payload() for d in distributions()}
+    """Those of some length, by the package's name; none that was learned from."""
+    learned = {package.name for package in PACKAGES}
+    names = {d.metadata["Name"]: d.metadata.get_payload() for d in distributions()}
+    found = {name: text for name, text in names.items() if name.lower().replace("_", "-") not in learned}
     texts = [text for _, text in sorted(found.items()) if isinstance(text, str) and len(text) > 400]
     return [text[:_READ] for text in texts[:most]]
 

@@ -70,8 +70,9 @@ def scored() -> Make:
 
 def test_the_models_score_counts_by_the_thresholds_for_texts_of_others(scored: Make) -> None:
     assert verdict(scored(0.98), ("odd", False)).action == BLOCK
-    assert verdict(scored(0.98), ("odd", True)).action == ALLOW
-    assert verdict(scored(0.9995), ("odd", True)).action == FLAG
+    lenient = {"indirect_attack_flag_score": 0.99, "indirect_attack_block_score": 0.999}
+    assert verdict(scored(0.98, **lenient), ("odd", True)).action == ALLOW
+    assert verdict(scored(0.995, **lenient), ("odd", True)).action == FLAG
     strict = Policy(
         PolicyConfig(input_detectors=("attack",), indirect_attack_flag_score=0.9, indirect_attack_block_score=0.95),
         ScriptedJudge({"odd": 0.96}),

@@ -60,9 +60,9 @@ class PolicyConfig:
     # And from which it is refused. Range (0, 1].
     indirect_block_score: float = 0.6
     # The model's score of an attack in texts of others from which an input is flagged. Range (0, 1].
-    indirect_attack_flag_score: float = 0.999
+    indirect_attack_flag_score: float = 0.7
     # And from which it is refused; 1 is never. Range (0, 1].
-    indirect_attack_block_score: float = 1.0
+    indirect_attack_block_score: float = 0.9
     # Calls of tools in answers: `any`: they are not looked for; `listed`: those in `tools`, with fitting arguments;
     # `none`. An answer with another call is stopped before the call.
     tool_calls: Literal["any", "listed", "none"] = "any"
