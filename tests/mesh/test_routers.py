@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from meshlm.chassis.config import ConfigError, Source
@@ -81,7 +82,9 @@ async def test_both_processes_serve_and_their_limits_are_one_account() -> None:
 
 async def test_a_killed_process_leaves_the_port_to_the_other() -> None:
     async with shared() as rig:
+        pid = rig.mesh.pid("router")
         rig.kill("router")
+        await until(lambda: not psutil.pid_exists(pid))  # its socket is closed: nobody is given to it any more
         for n in range(10):
             assert isinstance((await ask(rig, f"n {n}"))[-1], End)
 
