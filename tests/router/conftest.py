@@ -112,6 +112,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.failures: list[MeshError] = []  # of the coming requests, after the first piece each
         self.shift = 0  # of its token offsets
         self.logprob = 0.0  # of each of its tokens
+        self.accepts: asyncio.Event | None = None  # before it accepts
         self.late: asyncio.Event | None = None  # before the first piece
         self.hold: asyncio.Event | None = None  # before each piece after the first
         self.requests: list[worker_pb2.RunGenerationRequest] = []
@@ -145,6 +146,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         )
         ended = False
         try:
+            if self.accepts is not None:
+                await self.accepts.wait()
             yield worker_pb2.RunGenerationResponse(accepted=accepted, usage=usage)
             before = self.shift + (request.resume_from if self.skipped else 0)  # tokens ahead of the pieces
             failure = self.failures.pop(0) if self.failures else self.failure

@@ -63,6 +63,16 @@ class TestRace:
         warm.workers[0].late.set()
         assert text_of(await reading) == "Hello big world"
 
+    async def test_a_second_worker_that_never_accepts_holds_nothing_up(self, warm: Any) -> None:
+        warm.workers[1].accepts = asyncio.Event()
+        reading = asyncio.ensure_future(collect(warm.stream("x")))
+        await until(lambda: warm.workers[1].requests)
+        warm.workers[0].late.set()
+        responses = await asyncio.wait_for(reading, 10)
+        assert text_of(responses) == "Hello big world"
+        assert list(responses[-1].end.replicas) == ["w0"]
+        await asyncio.wait_for(warm.workers[1].cancelled.wait(), 10)
+
     async def test_a_caller_who_leaves_cancels_both(self, warm: Any) -> None:
         warm.workers[1].late = asyncio.Event()
         call = warm.stream("x")

@@ -46,27 +46,42 @@ async def race(
 
     `second` opens the other call; None where there is to be none.
     """
-    other: WorkerCall | None = None
     reading = asyncio.ensure_future(call.read())
+    opening: asyncio.Future[WorkerCall | None] | None = None
     readings: dict[asyncio.Future[Message], WorkerCall] = {reading: call}
     try:
         await asyncio.wait(readings, timeout=delay)
-        if not reading.done() and (other := await second()) is not None:
-            readings[asyncio.ensure_future(other.read())] = other
+        if not reading.done():
+            opening = asyncio.ensure_future(second())
+            # The other may take its time to accept, or never do so: the first goes on without it.
+            await asyncio.wait({reading, opening}, return_when=asyncio.FIRST_COMPLETED)
+            if not (reading.done() and reading.exception() is None) and (other := await opening) is not None:
+                readings[asyncio.ensure_future(other.read())] = other
         winner = await _first(set(readings))
-        for loser in readings.values():
-            if loser is not readings[winner]:
-                await loser.close(loser.usage)
-        return readings[winner], winner.result()
+        result = winner.result()
     except BaseException:
-        if other is not None:
-            await other.close(other.usage)
+        await _leave(opening, but=call)
         raise
     finally:
         for task in readings:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, MeshError):
                 await task
+    await _leave(opening, but=readings[winner])
+    if readings[winner] is not call:
+        await call.close(call.usage)
+    return readings[winner], result
+
+
+async def _leave(opening: asyncio.Future[WorkerCall | None] | None, *, but: WorkerCall) -> None:
+    """Close the second call, unless it is `but`; if it is not open yet, it is not to be."""
+    if opening is None:
+        return
+    opening.cancel()
+    with contextlib.suppress(asyncio.CancelledError, MeshError):
+        other = await opening
+        if other is not None and other is not but:
+            await other.close(other.usage)
 
 
 async def _first(tasks: set[asyncio.Future[Message]]) -> asyncio.Future[Message]:

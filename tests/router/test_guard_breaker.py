@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlm.chassis.breaker import Breaker
+from meshlm.router.guard_breaker import Breaker
 
 
 class Clock:
