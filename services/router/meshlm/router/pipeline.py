@@ -155,7 +155,7 @@ class Pipeline:
         if held is not None:
             await self._shielded(self._ledger.void(held))
         lookup, work.lookup = work.lookup, Lookup()  # what the cache was asked for is another model's answer
-        await self._answers.release(lookup)
+        await self._shielded(self._answers.release(lookup))
         weight = work.terms.weight if work.terms is not None else work.weight  # a caller's risk goes with it
         self._bind(work, weight)
         await self._admit(work)
