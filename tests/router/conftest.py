@@ -122,8 +122,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
 
     async def WatchLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
         while True:
-            if self.mute:
-                await asyncio.Event().wait()
+            while self.mute:
+                await asyncio.sleep(0.01)
             yield self.load
             await self.changed.wait()
             self.changed.clear()

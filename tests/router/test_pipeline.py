@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error, invalid
 from meshlm.router.config import KeyConfig, TenantConfig
 from meshlm.router.fleet import Fleet
+from meshlm.router.replica_config import ReplicaConfig
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
@@ -278,6 +279,29 @@ async def test_a_worker_that_falls_silent_is_not_sent_anything(mesh: Any) -> Non
     assert not fleet.replicas[0].usable
     mesh.workers[0].mute = False
     await until(lambda: fleet.replicas[0].usable)
+    await fleet.stop()
+
+
+async def test_a_router_answers_nobody_before_it_has_heard_its_workers(mesh: Any) -> None:
+    mesh.workers[1].mute = True
+    young = Fleet(mesh.config.workers)
+    mesh.servicer._fleet = young
+    young.start()
+    call = mesh.stub.ListModels(inference_pb2.ListModelsRequest(), metadata=mesh.metadata)
+    await until(lambda: young.replicas[0].usable)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(young.introduced(), 0.3)
+    assert not call.done()
+    mesh.workers[1].mute = False
+    assert {model.name: model.ready_replicas for model in (await call).models} == {"alias": 2, "m": 2}
+    await young.stop()
+
+
+async def test_a_worker_that_is_never_heard_holds_a_router_up_only_for_a_while(mesh: Any) -> None:
+    fleet = Fleet([*mesh.config.workers, "unix:/nowhere"], ReplicaConfig(hear_seconds=0.2))
+    fleet.start()
+    await asyncio.wait_for(fleet.introduced(), 20)
+    await until(lambda: all(replica.usable for replica in fleet.replicas[:2]))
     await fleet.stop()
 
 

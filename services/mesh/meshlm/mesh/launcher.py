@@ -17,18 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import grpc
-
-from meshlm.chassis.channels import open_channel
 from meshlm.chassis.config import PATH_VARIABLE, PREFIX, Source
 from meshlm.mesh.config import MeshConfig
-from meshlm.mesh.health import UNSAMPLED
 from meshlm.mesh.plan import MeshPlan, Planner, ProcessPlan, variable
 from meshlm.mesh.process import Child, GaveUp, ProcessEvent, Ready, Started
 from meshlm.mesh.state import RunningMesh, RunningService, StateFolder
-from meshlm.v1 import inference_pb2, inference_pb2_grpc
 
-_ASK_AGAIN_SECONDS = 0.05
 # Those who call end before those they call, so that every stream can settle.
 _STOP_ORDER = ("router", "worker", "guard", "cache", "valkey")
 
@@ -136,7 +130,6 @@ class LocalMesh:
                 self._folder.begin_log(child.plan.name)
                 self._keepers.append(child.start())
             await self._unless_one_fails(_all_ready(children))
-        await self._unless_one_fails(self._workers_known())
 
     async def _unless_one_fails(self, work: Coroutine[Any, Any, None]) -> None:
         working = asyncio.create_task(work)
@@ -147,17 +140,6 @@ class LocalMesh:
         finally:
             working.cancel()
             failing.cancel()
-
-    async def _workers_known(self) -> None:
-        """Until the router has heard of every worker, so that the first request finds them all."""
-        workers = sum(process.part == "worker" and "router" in process.used_by for process in self.plan.processes)
-        if not self.key:
-            return
-        for router in self._children_of("router"):
-            async with open_channel(router.plan.address) as channel:
-                stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
-                while await _ready_replicas(stub, self.key) < workers:  # noqa: ASYNC110  # they are in another process
-                    await asyncio.sleep(_ASK_AGAIN_SECONDS)
 
     def _children_of(self, part: str) -> list[Child]:
         return [child for child in self._children if child.plan.part == part]
@@ -181,15 +163,6 @@ class LocalMesh:
         self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
     ) -> None:
         await self.stop()
-
-
-async def _ready_replicas(stub: Any, key: str) -> int:
-    metadata = (("authorization", f"Bearer {key}"), UNSAMPLED)
-    try:
-        response = await stub.ListModels(inference_pb2.ListModelsRequest(), metadata=metadata, timeout=10.0)
-    except grpc.RpcError:  # the router may just have died, and starts again
-        return 0
-    return sum(model.ready_replicas for model in response.models)
 
 
 async def _all_ready(children: list[Child]) -> None:

@@ -43,11 +43,15 @@ class Fleet:
         silence_seconds: float = _SILENCE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        targets = tuple(targets)
         self.replicas = [Replica(target, overload, clock) for target in targets]
         self._config = config
         self._silence_seconds = silence_seconds
         self._clock = clock
         self._watches: list[asyncio.Task[None]] = []
+        self._deadline: asyncio.TimerHandle | None = None
+        self._strangers = set(targets)  # not heard yet
+        self._introduced = asyncio.Event()  # every worker was heard once, or had its time
         self._on_news: Callable[[], None] = lambda: None
         self._chance = random.Random()  # noqa: S311  where a request goes is no secret
         self._limits = meter().create_gauge(Name.OVERLOAD_LIMIT, "{request}", "This router's places at a worker")
@@ -65,8 +69,19 @@ class Fleet:
 
     def start(self) -> None:
         self._watches = [asyncio.create_task(self._watch(replica)) for replica in self.replicas]
+        if not self.replicas or self._config.hear_seconds == 0:
+            self._introduced.set()
+        else:
+            self._deadline = asyncio.get_running_loop().call_later(self._config.hear_seconds, self._start_without)
+
+    async def introduced(self) -> None:
+        """Until every worker was heard once, at most `hear_seconds` from the start: before that, "no replica" would
+        only mean that this router is young."""
+        await self._introduced.wait()
 
     async def stop(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
         for watch in self._watches:
             watch.cancel()
         for watch in self._watches:
@@ -158,6 +173,11 @@ class Fleet:
                     "replica ejected", replica=replica.name, cause=cause, seconds=replica.health.ejected_until - now
                 )
 
+    def _start_without(self) -> None:
+        if self._strangers:
+            log.warning("serving without workers that were not heard", targets=sorted(self._strangers))
+            self._introduced.set()
+
     async def _watch(self, replica: Replica) -> None:
         """Follow one worker for ever; it is unusable once its stream breaks or falls silent."""
         while True:
@@ -167,6 +187,9 @@ class Fleet:
                     if replica.state is None:
                         log.info("worker heard", target=replica.target, replica=state.replica, model=state.model.name)
                     replica.hear(state)
+                    self._strangers.discard(replica.target)
+                    if not self._strangers:
+                        self._introduced.set()
                     self._limits.set(replica.limit.value, {Name.REPLICA: replica.name})
                     self._on_news()
             except (grpc.RpcError, TimeoutError) as error:

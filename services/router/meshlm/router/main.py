@@ -61,11 +61,13 @@ class RouterService:
         return ["meshlm.v1.InferenceService"]
 
     async def start(self, life: Life) -> None:
-        """Ready as soon as it listens: replicas come and go, and a request that finds none gets that as its reason."""
+        """Ready once it has heard its workers, or they had their time: replicas come and go, and a request that finds
+        none gets that as its reason."""
         self._fleet.start()
         self._quarantine.start()
         if self._redis is None and any(limits.limited for limits in self._config.all_limits()):
             log.warning("state.redis_url is empty: keys get the emergency share of their limits, from each router")
+        await self._fleet.introduced()
 
     async def drain(self) -> None:
         """Nothing to do: calls in flight end by themselves, and new ones are refused already."""

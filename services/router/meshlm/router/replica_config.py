@@ -9,6 +9,9 @@ from dataclasses import dataclass
 class ReplicaConfig:
     """How replicas are compared, and when one is left out. docs/routing.md says how it works."""
 
+    # Seconds for which a router that starts waits until it has heard every worker, not serving; calls that come
+    # meanwhile wait, too. Then it serves with those it has heard. 0: it serves at once.
+    hear_seconds: float = 10.0
     # Seconds over which a replica that has just become ready gets up to its full share; 0: at once.
     slow_start_seconds: float = 15.0
     # Failures in a row after which a replica is ejected; 0: never for that.
@@ -25,7 +28,9 @@ class ReplicaConfig:
     def __post_init__(self) -> None:
         if not 0 < self.eject_share <= 1 or not 0 <= self.most_ejected <= 1:
             raise ValueError("eject_share must be in (0, 1], and most_ejected in [0, 1]")
-        if self.slow_start_seconds < 0 or self.eject_seconds <= 0 or self.eject_failures < 0:
-            raise ValueError("slow_start_seconds and eject_failures cannot be negative, eject_seconds must be above 0")
+        if min(self.hear_seconds, self.slow_start_seconds, self.eject_failures) < 0 or self.eject_seconds <= 0:
+            raise ValueError(
+                "hear_seconds, slow_start_seconds and eject_failures cannot be negative, eject_seconds must be above 0"
+            )
         if self.eject_slowness and self.eject_slowness <= 1:
             raise ValueError("eject_slowness must be above 1, or 0")

@@ -12,7 +12,7 @@ from meshlm.chassis.errors import from_rpc_error
 from meshlm.chassis.telemetry import current_trace_id
 from meshlm.chassis.validation import check_input
 from meshlm.router.choosing import Wanted
-from meshlm.router.config import RouterConfig
+from meshlm.router.config import KeyConfig, RouterConfig
 from meshlm.router.fleet import Fleet
 from meshlm.router.identity import KeyRing
 from meshlm.router.measure import measure
@@ -33,10 +33,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._pipeline = pipeline
         self._routes = pipeline.routes
 
+    async def _caller(self, context: grpc.aio.ServicerContext) -> KeyConfig:
+        """Who asks. A router that has just started answers nobody before it knows its workers."""
+        key = self._keys.identify(context.invocation_metadata())
+        await self._fleet.introduced()
+        return key
+
     async def StreamGenerate(
         self, request: pb.StreamGenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
-        key = self._keys.identify(context.invocation_metadata())
+        key = await self._caller(context)
         ids = (request_id(), current_trace_id())
         work = Work.begin(request, key, ids, seconds_left(context), self._config)
         async with contextlib.aclosing(self._pipeline.run(work)) as responses:
@@ -54,7 +60,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
-        key = self._keys.identify(context.invocation_metadata())
+        key = await self._caller(context)
         models = self._fleet.models()
         default = self._config.default_model or (next(iter(models)) if len(models) == 1 else "")
         listed = listed_names(self._routes.names(key), models, default)
@@ -79,7 +85,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.ExplainRouteRequest, context: grpc.aio.ServicerContext
     ) -> pb.ExplainRouteResponse:
         """Of the caller's own key: what it may see of itself it may see beforehand."""
-        key = self._keys.identify(context.invocation_metadata())
+        key = await self._caller(context)
         asked = pb.StreamGenerateRequest(generation=request.generation)
         work = Work.begin(asked, key, (request_id(), current_trace_id()), seconds_left(context), self._config)
         return await self._pipeline.explainer.explain(work)
@@ -87,7 +93,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def CountTokens(
         self, request: pb.CountTokensRequest, context: grpc.aio.ServicerContext
     ) -> pb.CountTokensResponse:
-        key = self._keys.identify(context.invocation_metadata())
+        key = await self._caller(context)
         check_input(request.input, "input")
         check_size(measured := measure(request.input), self._config, "input")
         self._pipeline.residency.check(regions := self._pipeline.residency.regions(key))
