@@ -19,9 +19,9 @@ from ledger import run_valkey
 
 from meshlm.chassis.config import StateConfig
 from meshlm.chassis.state import connect
-from meshlm.router.breaker import Breaker, State
-from meshlm.router.risk_config import BreakerConfig, RiskConfig
-from meshlm.router.standing import Caller, Standings
+from meshlm.router.risk.breaker import Breaker, State
+from meshlm.router.risk.config import BreakerConfig, RiskConfig
+from meshlm.router.risk.standing import Caller, Standings
 
 CONFIG = BreakerConfig()
 IN_A_ROW = 5

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from meshlm.chassis.channels import open_channel
 from meshlm.mesh.model import model_path
 from meshlm.router.measure import byte_entropy, measure
-from meshlm.router.risk import weight_of
-from meshlm.router.surprise import FEW, WINDOW, Estimator, Surprise, ends_of, peak, risk_of
+from meshlm.router.risk.risk import weight_of
+from meshlm.router.risk.surprise import FEW, WINDOW, Estimator, Surprise, ends_of, peak, risk_of
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2, worker_pb2_grpc
 from meshlm.worker.loading.gguf_file import GgufFile

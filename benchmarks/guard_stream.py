@@ -23,7 +23,7 @@ from harness import Row, against, options, report
 
 from meshlm.chassis.channels import open_channel
 from meshlm.router.config import KeyConfig, RouterConfig
-from meshlm.router.guarding import Guards
+from meshlm.router.guarding.guards import Guards
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import guard_pb2, guard_pb2_grpc, worker_pb2
 

@@ -22,9 +22,9 @@ from redis.asyncio import Redis
 
 from meshlm.chassis.config import StateConfig
 from meshlm.chassis.state import connect
+from meshlm.router.accounts.ledger import SLICE, Ledger
+from meshlm.router.accounts.limits import Kind, LimitBook, Terms, Usage
 from meshlm.router.config import KeyConfig, PriceConfig, RouterConfig, TenantConfig
-from meshlm.router.ledger import SLICE, Ledger
-from meshlm.router.limits import Kind, LimitBook, Terms, Usage
 
 PEER = "PING"
 CALLERS = 64

@@ -21,12 +21,12 @@ from harness import ROOT, Row, option_parser, report
 from model_answers import worker
 from question_sets import FOLDS, Question, questions
 
-from meshlm.router.complexity import FEATURES, Scorer, features, parse, quantiles_of
+from meshlm.router.routing.complexity import FEATURES, Scorer, features, parse, quantiles_of
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
 
 ANSWERS = ROOT / "benchmarks/model_answers.csv"
-SCORER = ROOT / "services/router/meshlm/router/complexity.json"
+SCORER = ROOT / "services/router/meshlm/router/routing/complexity.json"
 PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 RESAMPLES, SEED = 2000, 6
 SMALL_SHARE = 0.8

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from harness import Row, against, options, report
 
 from meshlm.chassis.prefixes import TextPrefix
-from meshlm.router.choosing import Wanted
-from meshlm.router.fleet import Fleet
-from meshlm.router.replica import Attempt, Replica
-from meshlm.router.replica_config import ReplicaConfig
+from meshlm.router.replicas.choosing import Wanted
+from meshlm.router.replicas.config import ReplicaConfig
+from meshlm.router.replicas.fleet import Fleet
+from meshlm.router.replicas.replica import Attempt, Replica
 from meshlm.v1 import generation_pb2, worker_pb2
 from meshlm.worker.engine.blocks import BlockPool, extend_chain
 from meshlm.worker.front.text_prefixes import TextPrefixes, text_blocks

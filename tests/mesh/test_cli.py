@@ -33,7 +33,7 @@ from meshlm.mesh.demo import Demo, DemoFailed
 from meshlm.mesh.model import PackagedModel
 from meshlm.mesh.show import SERVICES, SHARED
 from meshlm.router.config import KeyConfig, PriceConfig, TenantConfig
-from meshlm.router.route_config import ComplexityConfig, RouteConfig, RuleConfig, ShadowConfig, TargetConfig
+from meshlm.router.routing.config import ComplexityConfig, RouteConfig, RuleConfig, ShadowConfig, TargetConfig
 from tests.mesh.fakes import KEY, WORDS, ScriptedRouter
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "mesh.toml"

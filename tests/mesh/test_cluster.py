@@ -17,9 +17,9 @@ from meshlm.cache.store import Store
 from meshlm.chassis.config import StateConfig
 from meshlm.chassis.errors import MeshError
 from meshlm.chassis.state import connect
+from meshlm.router.accounts.ledger import Ledger
+from meshlm.router.accounts.limits import LimitBook, Usage
 from meshlm.router.config import KeyConfig, RouterConfig, TenantConfig
-from meshlm.router.ledger import Ledger
-from meshlm.router.limits import LimitBook, Usage
 from meshlm.v1 import cache_pb2
 from meshlm.v1 import generation_pb2 as pb
 

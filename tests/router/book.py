@@ -10,10 +10,10 @@ import pytest
 from redis.asyncio import Redis
 
 from meshlm.chassis.errors import MeshError
+from meshlm.router.accounts.ledger import Ledger
+from meshlm.router.accounts.limits import LimitBook, Terms
+from meshlm.router.accounts.reservation import Reservation
 from meshlm.router.config import KeyConfig, PriceConfig, RouterConfig
-from meshlm.router.ledger import Ledger
-from meshlm.router.limits import LimitBook, Terms
-from meshlm.router.reservation import Reservation
 
 # 1 micro-unit a token.
 PRICE = PriceConfig(prompt=1_000_000, completion=1_000_000)

@@ -20,18 +20,18 @@ from redis.asyncio import Redis
 from meshlm.chassis.calls import CallInterceptor, Gate
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import MeshError
+from meshlm.router.accounts.ledger import Ledger
 from meshlm.router.answers import Answers
 from meshlm.router.config import KeyConfig, RouterConfig
-from meshlm.router.fleet import Fleet
-from meshlm.router.guarding import Guards
+from meshlm.router.guarding.guards import Guards
 from meshlm.router.identity import KeyRing
-from meshlm.router.ledger import Ledger
 from meshlm.router.pipeline import Pipeline
-from meshlm.router.proof import Prover
-from meshlm.router.quarantine import Quarantine
-from meshlm.router.returning import Returns
+from meshlm.router.replicas.fleet import Fleet
+from meshlm.router.replicas.proof import Prover
+from meshlm.router.replicas.quarantine import Quarantine
+from meshlm.router.risk.vigilance import Vigilance
 from meshlm.router.service import InferenceServicer
-from meshlm.router.vigilance import Vigilance
+from meshlm.router.streams.returning import Returns
 from meshlm.v1 import (
     cache_pb2,
     cache_pb2_grpc,

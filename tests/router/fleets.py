@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from meshlm.router.fleet import Fleet
-from meshlm.router.overload_config import OverloadConfig
-from meshlm.router.replica_config import ReplicaConfig
+from meshlm.router.replicas.config import ReplicaConfig
+from meshlm.router.replicas.fleet import Fleet
+from meshlm.router.replicas.overload_config import OverloadConfig
 from meshlm.v1 import worker_pb2
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from meshlm.chassis.errors import MeshError
 from meshlm.router.config import KeyConfig, RouterConfig
-from meshlm.router.fleet import Fleet
-from meshlm.router.route_config import RouteConfig, RuleConfig, TargetConfig
-from meshlm.router.routes import Query, Routes
+from meshlm.router.replicas.fleet import Fleet
+from meshlm.router.routing.config import RouteConfig, RuleConfig, TargetConfig
+from meshlm.router.routing.routes import Query, Routes
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
 

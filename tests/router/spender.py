@@ -17,9 +17,9 @@ from pathlib import Path
 from meshlm.chassis.config import StateConfig
 from meshlm.chassis.errors import MeshError
 from meshlm.chassis.state import connect
+from meshlm.router.accounts.ledger import Ledger
+from meshlm.router.accounts.limits import LimitBook, Usage
 from meshlm.router.config import KeyConfig, PriceConfig, RouterConfig, TenantConfig
-from meshlm.router.ledger import Ledger
-from meshlm.router.limits import LimitBook, Usage
 
 TOKENS_PER_MINUTE = 60_000
 MICROS_PER_DAY = 150_000  # at one a token

@@ -17,8 +17,8 @@ from structlog.testing import capture_logs
 
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error, invalid
 from meshlm.router.config import KeyConfig, TenantConfig
-from meshlm.router.fleet import Fleet
-from meshlm.router.replica_config import ReplicaConfig
+from meshlm.router.replicas.config import ReplicaConfig
+from meshlm.router.replicas.fleet import Fleet
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2

@@ -11,9 +11,9 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
-from meshlm.router.choosing import Wanted
 from meshlm.router.config import KeyConfig, LimitConfig, PriceConfig
-from meshlm.router.route_config import ComplexityConfig, RouteConfig, RuleConfig, TargetConfig
+from meshlm.router.replicas.choosing import Wanted
+from meshlm.router.routing.config import ComplexityConfig, RouteConfig, RuleConfig, TargetConfig
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2

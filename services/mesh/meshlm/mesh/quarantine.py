@@ -12,7 +12,7 @@ from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.state import connect
 from meshlm.mesh.settings import Settings, add_config_arguments, read_settings
 from meshlm.mesh.terminal import open_console, plain_table
-from meshlm.router.quarantine import Register
+from meshlm.router.replicas.quarantine import Register
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
-from meshlm.router.overload_config import OverloadConfig
-from meshlm.router.proof_config import ProofConfig
-from meshlm.router.replica_config import ReplicaConfig
-from meshlm.router.risk_config import BreakerConfig, EntropyConfig, RiskConfig
-from meshlm.router.route_config import RouteConfig, check_callers, check_names
-from meshlm.router.streams_config import StreamsConfig
+from meshlm.router.replicas.config import ReplicaConfig
+from meshlm.router.replicas.overload_config import OverloadConfig
+from meshlm.router.replicas.proof_config import ProofConfig
+from meshlm.router.risk.config import BreakerConfig, EntropyConfig, RiskConfig
+from meshlm.router.routing.config import RouteConfig, check_callers, check_names
+from meshlm.router.streams.config import StreamsConfig
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from opentelemetry.trace import Span
 
 from meshlm.chassis.telemetry import Name
-from meshlm.router.choosing import Candidate, Choice, Exclusion
+from meshlm.router.replicas.choosing import Candidate, Choice, Exclusion
 from meshlm.router.work import Work
 from meshlm.v1 import inference_pb2 as pb
 

@@ -12,16 +12,16 @@ from dataclasses import replace
 
 from meshlm.chassis.errors import MeshError
 from meshlm.chassis.validation import is_deterministic
+from meshlm.router.accounts.ledger import Ledger
+from meshlm.router.accounts.limits import LimitBook, Usage
+from meshlm.router.accounts.reservation import Peek
 from meshlm.router.config import RouterConfig
 from meshlm.router.decision import routing_of
-from meshlm.router.fleet import Fleet
-from meshlm.router.ledger import Ledger
-from meshlm.router.limits import LimitBook, Usage
-from meshlm.router.overload import Overload, urgency_of
-from meshlm.router.reservation import Peek
-from meshlm.router.residency import Residency
-from meshlm.router.routes import Routes
-from meshlm.router.vigilance import Vigilance, admission_of
+from meshlm.router.replicas.fleet import Fleet
+from meshlm.router.replicas.overload import Overload, urgency_of
+from meshlm.router.replicas.residency import Residency
+from meshlm.router.risk.vigilance import Vigilance, admission_of
+from meshlm.router.routing.routes import Routes
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2
 from meshlm.v1 import inference_pb2 as pb

@@ -14,18 +14,18 @@ from meshlm.chassis import server
 from meshlm.chassis.config import ServerConfig, Source, StateConfig, masked
 from meshlm.chassis.life import Life
 from meshlm.chassis.state import connect
+from meshlm.router.accounts.ledger import Ledger
 from meshlm.router.answers import Answers
 from meshlm.router.config import RouterConfig
-from meshlm.router.fleet import Fleet
-from meshlm.router.guarding import Guards
+from meshlm.router.guarding.guards import Guards
 from meshlm.router.identity import KeyRing
-from meshlm.router.ledger import Ledger
 from meshlm.router.pipeline import Pipeline
-from meshlm.router.proof import Prover
-from meshlm.router.quarantine import Quarantine
-from meshlm.router.returning import Returns
+from meshlm.router.replicas.fleet import Fleet
+from meshlm.router.replicas.proof import Prover
+from meshlm.router.replicas.quarantine import Quarantine
+from meshlm.router.risk.vigilance import Vigilance
 from meshlm.router.service import InferenceServicer
-from meshlm.router.vigilance import Vigilance
+from meshlm.router.streams.returning import Returns
 from meshlm.v1 import inference_pb2_grpc
 
 log = structlog.get_logger()

@@ -13,27 +13,27 @@ from opentelemetry import trace
 
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.telemetry import Name, span
+from meshlm.router.accounts.budget import Budget
+from meshlm.router.accounts.ledger import Ledger
+from meshlm.router.accounts.limits import Kind, LimitBook
 from meshlm.router.answers import Answers, Lookup
-from meshlm.router.budget import Budget
 from meshlm.router.config import RouterConfig
 from meshlm.router.decision import annotate, routing_of
-from meshlm.router.dispatch import Dispatcher, token_text
 from meshlm.router.explain import Explainer
-from meshlm.router.fleet import Fleet
-from meshlm.router.guarding import Guards
-from meshlm.router.hedging import Hedges
-from meshlm.router.ledger import Ledger
-from meshlm.router.limits import Kind, LimitBook
-from meshlm.router.overload import Overload
-from meshlm.router.proof import Prover
+from meshlm.router.guarding.guards import Guards
 from meshlm.router.record import Recorder
-from meshlm.router.residency import Residency
-from meshlm.router.retries import RetryBudget
-from meshlm.router.returning import Returns
-from meshlm.router.routes import Routes
-from meshlm.router.shadow import Shadows
-from meshlm.router.survival import LastingCall
-from meshlm.router.vigilance import Vigilance, admission_of
+from meshlm.router.replicas.fleet import Fleet
+from meshlm.router.replicas.overload import Overload
+from meshlm.router.replicas.proof import Prover
+from meshlm.router.replicas.residency import Residency
+from meshlm.router.risk.vigilance import Vigilance, admission_of
+from meshlm.router.routing.routes import Routes
+from meshlm.router.routing.shadow import Shadows
+from meshlm.router.streams.dispatch import Dispatcher, token_text
+from meshlm.router.streams.hedging import Hedges
+from meshlm.router.streams.retries import RetryBudget
+from meshlm.router.streams.returning import Returns
+from meshlm.router.streams.survival import LastingCall
 from meshlm.router.work import Work
 from meshlm.v1 import cache_pb2, inference_pb2
 from meshlm.v1 import generation_pb2 as pb

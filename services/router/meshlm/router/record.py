@@ -7,7 +7,7 @@ from opentelemetry import trace
 from opentelemetry.util.types import AttributeValue
 
 from meshlm.chassis.telemetry import Name, meter
-from meshlm.router.routes import Decision
+from meshlm.router.routing.routes import Decision
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 

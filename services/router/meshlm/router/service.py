@@ -11,13 +11,13 @@ from meshlm.chassis.calls import outgoing_metadata, request_id, seconds_left
 from meshlm.chassis.errors import from_rpc_error
 from meshlm.chassis.telemetry import current_trace_id
 from meshlm.chassis.validation import check_input
-from meshlm.router.choosing import Wanted
 from meshlm.router.config import KeyConfig, RouterConfig
-from meshlm.router.fleet import Fleet
 from meshlm.router.identity import KeyRing
 from meshlm.router.measure import measure
 from meshlm.router.pipeline import Pipeline
-from meshlm.router.routes import Query, listed_names
+from meshlm.router.replicas.choosing import Wanted
+from meshlm.router.replicas.fleet import Fleet
+from meshlm.router.routing.routes import Query, listed_names
 from meshlm.router.wording import word
 from meshlm.router.work import Work, check_size
 from meshlm.v1 import inference_pb2 as pb

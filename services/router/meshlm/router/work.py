@@ -14,21 +14,21 @@ from meshlm.chassis.calls import REQUEST_ID
 from meshlm.chassis.errors import MeshError, Reason, invalid
 from meshlm.chassis.prefixes import TextPrefix
 from meshlm.chassis.validation import check_generation, is_deterministic, keeps_part
+from meshlm.router.accounts.limits import Terms, Usage
+from meshlm.router.accounts.reservation import Reservation
 from meshlm.router.answers import Lookup
-from meshlm.router.choosing import Choice, Wanted
 from meshlm.router.config import KeyConfig, RouterConfig
-from meshlm.router.limits import Terms, Usage
 from meshlm.router.measure import Measure, measure
-from meshlm.router.replica import Replica
-from meshlm.router.reservation import Reservation
-from meshlm.router.residency import ANYWHERE, Regions
-from meshlm.router.routes import Decision, Query
+from meshlm.router.replicas.choosing import Choice, Wanted
+from meshlm.router.replicas.replica import Replica
+from meshlm.router.replicas.residency import ANYWHERE, Regions
+from meshlm.router.routing.routes import Decision, Query
 from meshlm.router.wording import Wording, word
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2, worker_pb2
 
 if TYPE_CHECKING:
-    from meshlm.router.vigilance import Assessment
+    from meshlm.router.risk.vigilance import Assessment
 
 _PRIORITIES = {
     "critical": pb.PRIORITY_CRITICAL,

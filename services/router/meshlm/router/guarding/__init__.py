@@ -1,0 +1,1 @@
+"""What the guard says of the input, and how far it lets the answer go."""

@@ -1,0 +1,246 @@
+"""What a caller's past does to its requests: they weigh more, wait behind a breaker, or are judged more strictly.
+
+`look` comes before admission, `note` after the end. In shadow mode all is computed and told, and nothing follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import structlog
+from redis.asyncio import Redis
+
+from meshlm.chassis.errors import MeshError, Reason
+from meshlm.chassis.telemetry import Name, meter, span
+from meshlm.router.config import RouterConfig
+from meshlm.router.measure import text_of
+from meshlm.router.replicas.fleet import Fleet
+from meshlm.router.risk.breaker import State
+from meshlm.router.risk.risk import MOST, guard_risk, is_attack, weight_of
+from meshlm.router.risk.scoring import Scorer
+from meshlm.router.risk.standing import Caller, Standing, Standings
+from meshlm.router.risk.surprise import Estimator, Surprise, risk_of
+from meshlm.router.work import Work
+from meshlm.v1 import inference_pb2
+
+log = structlog.get_logger()
+
+
+@dataclass
+class Assessment:
+    """What was thought of one request before it was admitted."""
+
+    caller: Caller
+    identifier: str
+    shadow: bool
+    standing: Standing
+    place: str  # where a model's score of its prompt is remembered; empty: no model scores it
+    surprise: Surprise | None  # of its prompt: the estimate, or what a model said of it before
+    risk: float
+    weight: float  # as it would be, were it not for the shadow
+    scored: Surprise | None = None  # of its prompt, once a model has read it
+    noted: bool = False
+
+    @property
+    def in_force(self) -> float:
+        """The weight that the ledger counts with."""
+        return 1.0 if self.shadow else self.weight
+
+    @property
+    def read(self) -> Surprise | None:
+        """The best that is known of its prompt by now."""
+        return self.scored or self.surprise
+
+    @property
+    def record(self) -> dict[str, object]:
+        """For the audit line."""
+        return {
+            "risk": round(self.risk, 3),
+            "surprise": round(self.read.nats, 3) if self.read is not None else None,
+            "surprise_source": self.read.source if self.read is not None else "",
+            "weight": round(self.weight, 3),
+            "shadow": self.shadow,
+            "breaker": str(self.standing.key),
+            "tenant_breaker": str(self.standing.route),
+        }
+
+    @property
+    def refused(self) -> bool:
+        """Whether the key's breaker turned it away."""
+        return not self.standing.passes and not self.shadow
+
+
+class Vigilance:
+    def __init__(self, config: RouterConfig, redis: Redis | None, fleet: Fleet) -> None:
+        self._config = config
+        self._standings = Standings(redis, config.risk, config.breakers)
+        self._estimator = Estimator()
+        self._scorer = Scorer(redis, fleet, config.entropy)
+        self._scoring: set[asyncio.Task[None]] = set()
+        self._surprises = meter().create_histogram(Name.SURPRISE, "nats", "Prompts' surprise, by what read them")
+        self._risks = meter().create_histogram(Name.RISK, "1", "Risk of requests, by where it comes from")
+        self._trips = meter().create_counter(Name.BREAKER_TRIPS, "{trip}", "Breakers that opened, by scope")
+        self._refusals = meter().create_counter(Name.BREAKER_REFUSALS, "{request}", "Requests that met an open breaker")
+
+    async def look(self, work: Work) -> None:
+        """Sets `work.assessment`, and what follows from it: the weight of its terms, and its guard's policy.
+
+        Raises MeshError BREAKER_OPEN.
+        """
+        mode = work.key.risk or self._config.risk.mode
+        if mode == "off":
+            return
+        with span("router.risk") as current:
+            caller = Caller(work.key.tenant, work.key.id, work.generation.model)
+            identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
+            place = self._scorer.place(work)
+            standing = await self._standings.look(caller, identifier, place or caller.no_score)
+            found = self._assess(work, caller, identifier, standing, place, shadow=mode == "shadow")
+            surprise, of_prompt = found.surprise, self._risk_of(found.surprise)
+            if surprise is not None:
+                self._surprises.record(surprise.nats, {"source": "model" if surprise.by_model else "ngram"})
+            current.set_attributes(
+                {
+                    Name.RISK_CALLER: standing.risk,
+                    Name.RISK_PROMPT: of_prompt,
+                    **({Name.SURPRISE: surprise.nats, Name.SURPRISE_SOURCE: surprise.source} if surprise else {}),
+                    Name.RISK_WEIGHT: found.weight,
+                    Name.RISK_SHADOW: found.shadow,
+                    Name.RISK_SHARED: standing.shared,
+                    Name.BREAKER_KEY: standing.key,
+                    Name.BREAKER_ROUTE: standing.route,
+                }
+            )
+            self._risks.record(standing.risk, {"source": "caller"})
+            self._risks.record(of_prompt, {"source": "prompt"})
+            if not standing.passes:
+                self._refusals.add(1, {Name.TENANT: caller.tenant, Name.RISK_SHADOW: found.shadow})
+            self._follow(work, found)
+
+    async def peek(self, work: Work) -> None:
+        """As `look`, for a request that is not to run: nothing is counted, and no probe of a breaker is taken."""
+        mode = work.key.risk or self._config.risk.mode
+        if mode == "off":
+            return
+        caller, place = Caller(work.key.tenant, work.key.id, work.generation.model), self._scorer.place(work)
+        standing = await self._standings.peek(caller, place or caller.no_score)
+        self._follow(work, self._assess(work, caller, "", standing, place, shadow=mode == "shadow"))
+
+    def _assess(
+        self, work: Work, caller: Caller, identifier: str, standing: Standing, place: str, *, shadow: bool
+    ) -> Assessment:
+        """Sets `work.assessment`."""
+        surprise = self._surprise(work, standing)
+        risk = max(standing.risk, self._risk_of(surprise))
+        weight = MOST if standing.route is not State.CLOSED else weight_of(risk)
+        work.assessment = Assessment(caller, identifier, shadow, standing, place, surprise, risk, weight)
+        return work.assessment
+
+    def _follow(self, work: Work, found: Assessment) -> None:
+        """What follows from an assessment. Raises MeshError BREAKER_OPEN."""
+        if found.shadow:
+            return
+        if not found.standing.passes:
+            raise _refusal(found.standing.wait)
+        if found.standing.route is not State.CLOSED:
+            self._tighten(work)
+        self._weigh(work, found)
+
+    def read(self, work: Work) -> None:
+        """Once a request is admitted: have its prompt scored beside it, where a model is to and has not yet."""
+        found = work.assessment
+        if found is None or not found.place or found.standing.score:
+            return
+        task = asyncio.create_task(self._score(work, found))
+        self._scoring.add(task)
+        task.add_done_callback(self._scoring.discard)
+
+    async def stop(self) -> None:
+        """Scores that are still awaited are of no use any more."""
+        for task in list(self._scoring):
+            task.cancel()
+        if self._scoring:
+            await asyncio.wait(self._scoring)
+
+    async def note(self, work: Work) -> None:
+        """The request is over: what it says of its caller counts for the next ones."""
+        found = work.assessment
+        if found is None or found.refused:
+            return
+        found.noted = True
+        seen = guard_risk(work)
+        risk = max(seen, self._risk_of(found.surprise), self._risk_of(found.scored))
+        attack = is_attack(work, flag_score=self._config.risk.flag_score)
+        self._risks.record(seen, {"source": "guard"})
+        opened = await self._standings.note(found.caller, found.identifier, risk=risk, flagged=attack)
+        for scope, trips in (("key", opened.key), ("route", opened.route)):
+            if trips:
+                labels: dict[str, str | bool] = {
+                    Name.TENANT: found.caller.tenant,
+                    "scope": scope,
+                    Name.RISK_SHADOW: found.shadow,
+                }
+                self._trips.add(1, labels)
+                log.warning(
+                    "breaker opened",
+                    scope=scope,
+                    tenant=found.caller.tenant,
+                    key=found.caller.key,
+                    route=found.caller.route,
+                    shadow=found.shadow,
+                )
+
+    def _surprise(self, work: Work, standing: Standing) -> Surprise | None:
+        """The riskier of the estimate and what a model said of this prompt before: one sees noise, one suffixes."""
+        known = self._scorer.recall(standing.score) if standing.score else None
+        estimate = self._estimator.surprise(text_of(work.generation.input), self._config.entropy.tokens)
+        return max(known, estimate, key=self._risk_of) if known is not None else estimate
+
+    def _risk_of(self, surprise: Surprise | None) -> float:
+        return risk_of(surprise, self._config.entropy.ramps)
+
+    async def _score(self, work: Work, found: Assessment) -> None:
+        """Nobody waits for it: the weight stays what it was, and the caller's next requests know."""
+        scored = await self._scorer.score(work, found.place)
+        if scored is None:
+            return
+        found.scored = scored
+        self._surprises.record(scored.nats, {"source": "model"})
+        if found.noted:
+            await self._standings.note(found.caller, found.identifier, risk=self._risk_of(scored), flagged=None)
+
+    def _tighten(self, work: Work) -> None:
+        """The tenant's breaker is open on this route: its requests are judged strictly, and not without a guard."""
+        policy = self._config.breakers.strict_policy or work.key.guard_policy
+        work.key = dataclasses.replace(work.key, guard_policy=policy, guard_failure="refuse")
+
+    def _weigh(self, work: Work, found: Assessment) -> None:
+        work.weight = found.weight
+        if work.terms is not None:
+            work.terms = dataclasses.replace(work.terms, weight=found.weight)
+
+
+def admission_of(work: Work) -> inference_pb2.Admission | None:
+    """What the caller is told; None where nothing was looked at."""
+    found = work.assessment
+    if found is None:
+        return None
+    told = inference_pb2.Admission(risk=round(found.risk, 2), weight=round(found.in_force, 2), shadow=found.shadow)
+    if found.surprise is not None:
+        told.surprise, told.surprise_source = round(found.surprise.nats, 2), found.surprise.source
+    if found.shadow:
+        told.shadow_weight = round(found.weight, 2)
+        told.shadow_refused = not found.standing.passes
+    return told
+
+
+def _refusal(wait: float) -> MeshError:
+    return MeshError(
+        Reason.BREAKER_OPEN,
+        "too many of this key's recent requests were attacks",
+        metadata={"holder": "key", "wait_seconds": f"{wait:.3f}"},
+        retry_after=wait,
+    )

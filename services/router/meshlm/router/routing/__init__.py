@@ -1,0 +1,1 @@
+"""From the name that a request asks for to the model that answers."""

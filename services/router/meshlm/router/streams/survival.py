@@ -1,0 +1,174 @@
+"""A generation that outlives its worker: another goes on from the tokens already made, without a gap or a repeat."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import structlog
+from opentelemetry import trace
+
+from meshlm.chassis.errors import MeshError, Reason
+from meshlm.chassis.telemetry import Name, meter
+from meshlm.router.replicas.fleet import Replica
+from meshlm.router.streams.config import StreamsConfig
+from meshlm.router.streams.dispatch import ELSEWHERE, Dispatcher, WorkerCall, again, request_of
+from meshlm.router.streams.hedging import Hedges, race
+from meshlm.router.work import Work
+from meshlm.v1 import generation_pb2 as pb
+from meshlm.v1 import worker_pb2
+
+log = structlog.get_logger()
+
+# The worker is lost, not the request at fault.
+_LOST = ELSEWHERE | {Reason.OUT_OF_MEMORY}
+# Workers lost in a row without one new token: it may be this request that ends them.
+_MOST_BARREN = 2
+_ASK_AGAIN_SECONDS = 0.1
+
+
+class LastingCall:
+    """A generation at one worker after another. Before its first token it is a retry, which the router's budget must
+    afford; behind it, it goes on from the tokens made, which cost no budget: what is on its way is not given up."""
+
+    def __init__(
+        self, work: Work, call: WorkerCall, dispatcher: Dispatcher, config: StreamsConfig, hedges: Hedges
+    ) -> None:
+        self._work = work
+        self._call = call
+        self._dispatcher = dispatcher
+        self._config = config
+        self._hedges = hedges
+        self._accepted = time.monotonic()
+        self._first = call.usage  # the prompt is billed as the first worker counted it
+        self._offset = work.resume_from  # after the last token that a worker told
+        self._begun = False  # whether a chunk came
+        self._fresh = False  # whether the worker in use told a token
+        self._unfinished = work.choices
+        self._barren = 0
+        self._lost: list[Replica] = []
+        self._resumes = 0
+        self._counter = meter().create_counter(
+            Name.ROUTER_RESUMES, "{resume}", "Streams that went on at another worker, or could not"
+        )
+
+    async def messages(self) -> AsyncIterator[worker_pb2.RunGenerationResponse]:
+        """Everything after the acceptance. Raises MeshError where no worker can go on."""
+        ended = False
+        while not ended:
+            try:
+                message = await (self._call.read() if self._begun else self._read_first())
+                if message is None:
+                    raise MeshError(Reason.ENGINE_LOST, "the worker ended its stream early", retry_after=1.0)
+            except MeshError as error:
+                if self._unfinished:
+                    await self._go_on(error)
+                    continue
+                return  # the answer is whole; only its exact times are lost
+            if message.HasField("chunk"):
+                self._take(message)
+            ended = message.HasField("end")
+            if self._resumes:
+                self._correct(message.usage)
+            yield message
+
+    async def close(self) -> None:
+        """Cancel what still runs."""
+        await self._call.close(self._work.usage)
+
+    async def _read_first(self) -> worker_pb2.RunGenerationResponse | None:
+        """The first message with tokens; from a second replica, where it is late and that one is quicker."""
+        delay = self._hedges.delay(self._first.prompt_tokens)
+        if delay is None or self._lost:
+            message = await self._call.read()
+        else:
+            before = self._call
+            self._call, message = await race(before, delay, self._hedge)
+            if self._call is not before:
+                self._work.replace_replica(self._call.replica)
+        self._hedges.note(self._first.prompt_tokens, time.monotonic() - self._accepted)
+        return message
+
+    async def _hedge(self) -> WorkerCall | None:
+        """The same request at another replica; None where there is none, or no budget for it."""
+        others = [r for r in self._dispatcher.others(self._work, ()) if r is not self._call.replica]
+        if not others or not self._dispatcher.retries.take("hedge"):
+            return None
+        with contextlib.suppress(MeshError):
+            return await self._dispatcher.offer(self._work, others[:1], request_of(self._work))
+        return None
+
+    def _take(self, message: worker_pb2.RunGenerationResponse) -> None:
+        """Keep what another worker would need, and take off what only that is for. Raises MeshError."""
+        work, chunk = self._work, message.chunk
+        if not self._begun:
+            self._begun = True
+            work.keep_ids(message.skipped_token_ids, self._offset)
+        elif message.skipped_text:
+            message.ClearField("skipped_text")  # the guard has seen it, from the worker before
+        self._call.idle_seconds = self._config.idle_seconds
+        self._fresh = self._fresh or chunk.token_count > 0
+        self._unfinished -= chunk.finish_reason != pb.FINISH_REASON_UNSPECIFIED
+        if work.choices > 1:
+            return
+        if chunk.token_offset != self._offset:
+            raise MeshError(Reason.INTERNAL, "a worker went on from another token")
+        self._offset += chunk.token_count
+        work.take_ids(chunk)
+        if not work.generation.return_token_ids:
+            chunk.ClearField("token_ids")
+        if work.proven and not work.generation.sampling.HasField("logprobs"):
+            chunk.ClearField("logprobs")
+
+    def _correct(self, usage: pb.Usage) -> None:
+        usage.prompt_tokens = self._first.prompt_tokens
+        usage.cached_prompt_tokens = self._first.cached_prompt_tokens
+
+    async def _go_on(self, error: MeshError) -> None:
+        """Another call in place of one that failed. Raises the failure where there is to be none."""
+        self._barren = 0 if self._fresh else self._barren + 1
+        replica, self._fresh = self._call.replica, False
+        if not self._may_go_on(error):
+            raise error
+        await self._call.close(self._work.usage)
+        self._lost.append(replica)
+        log.warning("a stream lost its worker", replica=replica.name, reason=error.reason, offset=self._offset)
+        try:
+            self._call = await self._elsewhere(error)
+        except MeshError:
+            self._counter.add(1, {"outcome": "lost"})
+            raise
+        self._resumes += 1
+        self._counter.add(1, {"outcome": "resumed" if self._begun else "retried"})
+        current = trace.get_current_span()
+        current.set_attribute(Name.STREAM_RESUMES, self._resumes)
+        current.set_attribute(Name.STREAM_REPLICAS, self._work.replicas)
+
+    def _may_go_on(self, error: MeshError) -> bool:
+        if error.reason not in _LOST or self._barren >= _MOST_BARREN:
+            return False
+        if not self._begun:
+            return self._dispatcher.retries.take("lost")
+        return self._work.choices == 1 and self._resumes < self._config.resumes
+
+    async def _elsewhere(self, failure: MeshError) -> WorkerCall:
+        """The call at the next worker that takes it; waits for one within the time that is configured for that."""
+        work = self._work
+        request = again(work, work.made if work.known else (), self._offset)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._config.resume_wait_seconds
+        while True:
+            try:
+                replicas = self._dispatcher.others(work, self._lost)
+                call = await self._dispatcher.offer(work, replicas, request, free=True)
+            except MeshError as error:
+                if error.reason not in ELSEWHERE:
+                    raise
+                if loop.time() >= until:
+                    raise failure from None
+            else:
+                work.note_replica(call.replica)
+                return call
+            await asyncio.sleep(min(_ASK_AGAIN_SECONDS, work.seconds_left()))
