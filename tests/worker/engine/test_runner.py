@@ -14,7 +14,7 @@ from meshlm.worker.engine.engine import Engine
 from meshlm.worker.engine.load import RunnerSettings, SettingsError, load_runner
 from meshlm.worker.engine.scheduler import SchedulerSettings
 from meshlm.worker.engine.sequence import Chunk, Sequence, StepOutOfMemory
-from meshlm.worker.loading.checkpoint import open_checkpoint
+from meshlm.worker.loading.opening import open_checkpoint
 from meshlm.worker.messages import Limits, Sampling, Submit
 from meshlm.worker.text.chat_template import ChatTemplate
 from meshlm.worker.text.tokenizer import Tokenizer

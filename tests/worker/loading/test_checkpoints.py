@@ -13,9 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meshlm.worker.loading.checkpoint import open_checkpoint
 from meshlm.worker.loading.errors import ModelFileError
 from meshlm.worker.loading.gguf import canonical_sources
+from meshlm.worker.loading.opening import open_checkpoint
 from meshlm.worker.loading.revision import model_revision
 from meshlm.worker.models.config import ModelConfig
 from tests.worker.loading.gguf_samples import LLAMA, gguf_tensors, write_gguf

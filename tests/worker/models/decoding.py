@@ -11,7 +11,8 @@ import torch
 from meshlm.kernels.kv_cache import allocate_kv_cache
 from meshlm.kernels.paged_attention import plan_decode
 from meshlm.kernels.prefill_attention import padded_blocks
-from meshlm.worker.loading.checkpoint import Checkpoint, open_checkpoint
+from meshlm.worker.loading.checkpoint import Checkpoint
+from meshlm.worker.loading.opening import open_checkpoint
 from meshlm.worker.models.batch import Batch, PrefillSpan
 from meshlm.worker.models.dense_weights import DenseWeights
 from meshlm.worker.models.registry import load_decoder

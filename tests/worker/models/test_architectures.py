@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from meshlm.kernels.quantize import dequantize
-from meshlm.worker.loading.checkpoint import open_checkpoint
+from meshlm.worker.loading.opening import open_checkpoint
 from tests.worker.loading.gguf_samples import round_weights, write_model
 from tests.worker.models.conftest import random_model
 from tests.worker.models.decoding import chunk, decoder_for, empty_cache, our_logits, their_logits

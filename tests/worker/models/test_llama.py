@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from meshlm.worker.loading.checkpoint import open_checkpoint
+from meshlm.worker.loading.opening import open_checkpoint
 from tests.worker.models.decoding import chunk, decoder_for, empty_cache, our_logits, their_logits
 
 pytestmark = pytest.mark.oracle

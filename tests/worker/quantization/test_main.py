@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from meshlm.worker.loading.checkpoint import open_checkpoint
+from meshlm.worker.loading.opening import open_checkpoint
 from meshlm.worker.quantization.cache import plan_for, plans_folder
 from meshlm.worker.quantization.main import main
 from meshlm.worker.quantization.plan import Format, quantized_matrix

@@ -8,7 +8,6 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from meshlm.chassis.calls import REQUEST_ID
 from meshlm.chassis.errors import MeshError, Reason, invalid
@@ -22,13 +21,11 @@ from meshlm.router.measure import Measure, measure
 from meshlm.router.replicas.choosing import Choice, Wanted
 from meshlm.router.replicas.replica import Replica
 from meshlm.router.replicas.residency import ANYWHERE, Regions
+from meshlm.router.risk.assessment import Assessment
 from meshlm.router.routing.routes import Decision, Query
 from meshlm.router.wording import Wording, word
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2, worker_pb2
-
-if TYPE_CHECKING:
-    from meshlm.router.risk.vigilance import Assessment
 
 _PRIORITIES = {
     "critical": pb.PRIORITY_CRITICAL,

@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterable
 
 from meshlm.chassis.errors import Reason
+from meshlm.router.risk.surprise import UNPROVEN
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 
 # A weight is 1 + THROTTLE x risk squared.
 THROTTLE = 7.0
 MOST = 1.0 + THROTTLE
-# What was let through, and a surprising prompt, cannot weigh more than a risk of so much.
-UNPROVEN = 0.5
 # The guard's score of what it lets through counts from here on.
 _LET_THROUGH = 0.5
 # No attacks on the model: personal data and secrets are for the guard to hold back.

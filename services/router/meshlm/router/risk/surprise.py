@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from meshlm.router.risk.config import RampConfig
 from meshlm.router.risk.ngrams import ByteModel, load
-from meshlm.router.risk.risk import UNPROVEN
 
+# What was let through, and a surprising prompt, cannot weigh more than a risk of so much.
+UNPROVEN = 0.5
 # Tokens of a window, and how many at most say nothing.
 WINDOW = 16
 FEW = 8

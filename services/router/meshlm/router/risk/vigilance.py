@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from dataclasses import dataclass
 
 import structlog
 from redis.asyncio import Redis
@@ -18,6 +17,7 @@ from meshlm.chassis.telemetry import Name, meter, span
 from meshlm.router.config import RouterConfig
 from meshlm.router.measure import text_of
 from meshlm.router.replicas.fleet import Fleet
+from meshlm.router.risk.assessment import Assessment
 from meshlm.router.risk.breaker import State
 from meshlm.router.risk.risk import MOST, guard_risk, is_attack, weight_of
 from meshlm.router.risk.scoring import Scorer
@@ -27,50 +27,6 @@ from meshlm.router.work import Work
 from meshlm.v1 import inference_pb2
 
 log = structlog.get_logger()
-
-
-@dataclass
-class Assessment:
-    """What was thought of one request before it was admitted."""
-
-    caller: Caller
-    identifier: str
-    shadow: bool
-    standing: Standing
-    place: str  # where a model's score of its prompt is remembered; empty: no model scores it
-    surprise: Surprise | None  # of its prompt: the estimate, or what a model said of it before
-    risk: float
-    weight: float  # as it would be, were it not for the shadow
-    scored: Surprise | None = None  # of its prompt, once a model has read it
-    noted: bool = False
-
-    @property
-    def in_force(self) -> float:
-        """The weight that the ledger counts with."""
-        return 1.0 if self.shadow else self.weight
-
-    @property
-    def read(self) -> Surprise | None:
-        """The best that is known of its prompt by now."""
-        return self.scored or self.surprise
-
-    @property
-    def record(self) -> dict[str, object]:
-        """For the audit line."""
-        return {
-            "risk": round(self.risk, 3),
-            "surprise": round(self.read.nats, 3) if self.read is not None else None,
-            "surprise_source": self.read.source if self.read is not None else "",
-            "weight": round(self.weight, 3),
-            "shadow": self.shadow,
-            "breaker": str(self.standing.key),
-            "tenant_breaker": str(self.standing.route),
-        }
-
-    @property
-    def refused(self) -> bool:
-        """Whether the key's breaker turned it away."""
-        return not self.standing.passes and not self.shadow
 
 
 class Vigilance:

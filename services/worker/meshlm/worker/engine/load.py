@@ -20,7 +20,8 @@ from meshlm.worker.engine.settings import (
     model_facts,
     wanted_blocks,
 )
-from meshlm.worker.loading.checkpoint import Checkpoint, open_checkpoint
+from meshlm.worker.loading.checkpoint import Checkpoint
+from meshlm.worker.loading.opening import open_checkpoint
 from meshlm.worker.messages import Limits, ModelFacts, Sampling, Submit
 from meshlm.worker.models.dense_weights import DenseWeights
 from meshlm.worker.models.native_decoder import NativeDecoder, PackedWeights

@@ -65,12 +65,3 @@ class Checkpoint:
     def _check_shape(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if found != wanted:
             raise ModelFileError(self.path, f"{name} has the shape {found}; the config asks for {wanted}")
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A GGUF file or a Hugging Face folder. Raises ModelFileError."""
-    from meshlm.worker.loading import gguf, hugging_face
-
-    if path.is_dir():
-        return hugging_face.open_folder(path)
-    return gguf.open_gguf(path)

@@ -12,8 +12,8 @@ import torch
 
 from meshlm.worker.config import default_cache_dir
 from meshlm.worker.engine.settings import SettingsError
-from meshlm.worker.loading.checkpoint import open_checkpoint
 from meshlm.worker.loading.errors import ModelFileError
+from meshlm.worker.loading.opening import open_checkpoint
 from meshlm.worker.loading.revision import model_revision
 from meshlm.worker.quantization.cache import Measured, keep, plans_folder
 from meshlm.worker.quantization.calibration import packaged_text, read_text, texts_of
