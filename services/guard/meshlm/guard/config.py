@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from meshlm.chassis.config import ServerConfig
+from meshlm.guard.languages import check as check_languages
 from meshlm.guard.llama.config import LlamaGuardConfig, PanelConfig
 from meshlm.guard.scripts import check as check_scripts
 from meshlm.guard.tool_schemas import ToolSchema
@@ -80,6 +81,9 @@ class PolicyConfig:
     # Scripts that an input may be written in, as Unicode names them (Latin, Cyrillic, Han); empty: any. One that is
     # largely in others is `language.script`, and refused unless `actions` says otherwise.
     scripts: tuple[str, ...] = ()
+    # Languages that an input may be in (ISO 639: en, de, zh); empty: any. One of 24 letters or more that is surely in
+    # another is `language.other`, and refused unless `actions` says otherwise.
+    languages: tuple[str, ...] = ()
     # Nothing is refused, stopped, held or replaced: verdicts tell what would have been.
     shadow: bool = False
 
@@ -93,6 +97,7 @@ class PolicyConfig:
         if unfit := [name for name, act in self.actions.items() if act == "redact" and not _is_pattern(name)]:
             raise ValueError(f"actions.{unfit[0]}: only `pii`, `secret` and categories of them can be redacted")
         check_scripts(self.scripts)
+        check_languages(self.languages)
         if not self.answer_windows or min(self.answer_windows) < 1:
             raise ValueError("answer_windows: expected at least one number, each above 0")
 

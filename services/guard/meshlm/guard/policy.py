@@ -15,7 +15,7 @@ import structlog
 from meshlm.chassis import telemetry
 from meshlm.chassis.errors import MeshError, Reason, invalid
 from meshlm.chassis.telemetry import Name
-from meshlm.guard import indirect, injection, scripts
+from meshlm.guard import indirect, injection, languages, scripts
 from meshlm.guard.answer_rules import AnswerRules
 from meshlm.guard.config import DEFAULT_POLICY, Act, PolicyConfig
 from meshlm.guard.content import ContentWatch, Weighed
@@ -54,6 +54,7 @@ class Policy:
         self._rules = "signatures" in config.input_detectors
         self._input_detectors = [injection.VERSION] if self._rules else []
         self._input_detectors += [scripts.VERSION] if config.scripts else []
+        self._input_detectors += [languages.VERSION] if config.languages else []
         self._in_input = Patterns(config, config.input_detectors)
         self._in_output = Patterns(config, config.output_detectors)
         self._input_detectors += self._in_input.versions
@@ -152,11 +153,11 @@ class Policy:
     def _by_rules(self, turns: Sequence[Turn]) -> _Ruled:
         findings = self._find(turns) if self._rules else []
         action, patterns = ALLOW, []
-        script_act = self.config.action(scripts.CATEGORY, "block")
-        for turn in turns if self.config.scripts and script_act != "allow" else ():
-            if other := scripts.detect(turn.text, self.config.scripts):
-                patterns += [moved(finding, turn.offset) for finding in other]
-                action = max(action, BLOCK if script_act == "block" else FLAG, key=_SEVERITY.index)
+        for turn in turns:
+            for finding in self._strange(turn.text):
+                patterns.append(moved(finding, turn.offset))
+                act = self.config.action(finding.category, "block")
+                action = max(action, BLOCK if act == "block" else FLAG, key=_SEVERITY.index)
         for turn in turns if self._in_input.versions else ():
             read = self._in_input.read(turn.text)
             patterns += [moved(f, turn.offset) for f in (*read.blocked, *read.flagged)]
@@ -164,6 +165,12 @@ class Policy:
             found = BLOCK if read.blocked else REDACT if read.redacted else FLAG if read.flagged else ALLOW
             action = max(action, found, key=_SEVERITY.index)
         return _Ruled(findings, injection.combined(findings), action, patterns)
+
+    def _strange(self, text: str) -> list[Finding]:
+        """What a text is written in, where the policy does not want it."""
+        found = scripts.detect(text, self.config.scripts) if self.config.scripts else []
+        found += languages.detect(text, self.config.languages) if self.config.languages else []
+        return [finding for finding in found if self.config.action(finding.category, "block") != "allow"]
 
     def _find(self, turns: Sequence[Turn]) -> list[Finding]:
         """The strongest finding of each rule."""
