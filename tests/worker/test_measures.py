@@ -18,7 +18,7 @@ from meshlm.worker.fake_tokenizer import fake_tokenizer
 from meshlm.worker.front.engine_client import EngineClient
 from meshlm.worker.front.engine_process import EngineSettings
 from meshlm.worker.front.measures import Measures
-from meshlm.worker.front.plans import Plan
+from meshlm.worker.front.plans import Plan, SoFar
 from meshlm.worker.front.read_plans import ReadPlan
 from meshlm.worker.front.reads import Reads
 from meshlm.worker.front.streams import Choice, Generation, Phases
@@ -36,7 +36,7 @@ class Rig:
         self.measures = Measures(self.client, "model")
         plan = Plan(
             prompt=[1] * 10,
-            generated=[],
+            so_far=(),
             sampling=Sampling(),
             limits=Limits(max_tokens=9),
             stops=(),
@@ -45,7 +45,6 @@ class Rig:
             cache_salt=b"",
             tenant="",
             kv=None,
-            resume_from=0,
             return_token_ids=False,
         )
         self.choice = Choice(0, plan, fake_tokenizer())
@@ -96,7 +95,7 @@ def test_spans_and_histograms_show_where_the_time_went(rig: Rig) -> None:
 
 
 def test_a_resumed_stream_is_no_faster_than_the_tokens_that_were_drawn(rig: Rig) -> None:
-    plan = replace(rig.generation.plan, generated=[97] * 3)
+    plan = replace(rig.generation.plan, so_far=(SoFar(generated=[97] * 3),))
     resumed = Choice(0, plan, fake_tokenizer())
     resumed.advance([NewToken("", 97)] * 3)  # made elsewhere
     end = Finished(id="", reason=Finish.LENGTH, arrival=1.0, first_scheduled=1.5, first_token=2.0, ended=4.0)

@@ -151,9 +151,17 @@ async def test_what_cannot_work_is_refused_with_the_field_named() -> None:
             "generation.sampling.stop_token_ids": await refused(sampling={"stop_token_ids": [300]}),
             "generated": await refused(generated=[257]),
             "resume_from": await refused(resume_from=1, sampling={"n": 2}),
+            "so_far": await refused(so_far=[worker_pb2.ChoiceSoFar()], sampling={"n": 2}),
         }
         for name, error in fields.items():
             assert (error.reason, error.metadata["field"]) == (Reason.REQUEST_INVALID, name)
+        ended = worker_pb2.ChoiceSoFar(resume_from=3, ended=True)
+        for so_far in (
+            [ended, ended],
+            [ended, worker_pb2.ChoiceSoFar(generated=[257])],
+            [worker_pb2.ChoiceSoFar(), worker_pb2.ChoiceSoFar(resume_from=2**32 - 1, ended=True)],
+        ):
+            assert (await refused(so_far=so_far, sampling={"n": 2})).metadata["field"] == "so_far"
         too_long = await refused(generation={"input": pb.Input(prompt="x" * 64)})
         assert (too_long.reason, too_long.metadata["prompt_tokens"]) == (Reason.CONTEXT_TOO_LONG, "64")
         assert (await refused(generation={"model": "other"})).reason is Reason.MODEL_UNKNOWN
@@ -283,13 +291,25 @@ def requests() -> st.SearchStrategy[bytes]:
         ),
     )
     return st.builds(
-        lambda source, drawn, generated, resume: worker_pb2.RunGenerationRequest(
-            generation=pb.Generation(input=source, sampling=drawn), generated=generated, resume_from=resume
+        lambda source, drawn, generated, resume, so_far: worker_pb2.RunGenerationRequest(
+            generation=pb.Generation(input=source, sampling=drawn),
+            generated=generated,
+            resume_from=resume,
+            so_far=so_far,
         ).SerializeToString(),
         inputs,
         sampling,
         st.lists(words, max_size=3),
         words,
+        st.lists(
+            st.builds(
+                worker_pb2.ChoiceSoFar,
+                resume_from=words,
+                generated=st.lists(words, max_size=3),
+                ended=st.booleans(),
+            ),
+            max_size=3,
+        ),
     )
 
 

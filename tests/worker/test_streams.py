@@ -16,7 +16,7 @@ from meshlm.v1 import worker_pb2
 from meshlm.worker.fake import END, KILL, expected_tokens
 from meshlm.worker.fake_tokenizer import fake_tokenizer
 from meshlm.worker.front.engine_client import EngineClient, Event
-from meshlm.worker.front.plans import Plan
+from meshlm.worker.front.plans import Plan, SoFar
 from meshlm.worker.front.streams import Choice, Generation
 from meshlm.worker.messages import Finish, Finished, Limits, NewToken, Sampling, Started, TokenLogprob
 from tests.worker.workers import engine as running
@@ -26,9 +26,11 @@ GREEDY = Sampling(temperature=0)
 
 
 def plan(prompt: bytes = b"hello", **fields: object) -> Plan:
+    """`generated` and `resume_from` are a single choice's."""
+    already = {name: fields.pop(name) for name in ("generated", "resume_from") if name in fields}
     limits = {name: fields.pop(name) for name in ("max_tokens", "min_tokens", "stop_token_ids") if name in fields}
     given = {
-        "generated": [],
+        "so_far": (SoFar(**already),) if already else (),  # type: ignore[arg-type]
         "sampling": GREEDY,
         "stops": (),
         "choices": 1,
@@ -36,7 +38,6 @@ def plan(prompt: bytes = b"hello", **fields: object) -> Plan:
         "cache_salt": b"",
         "tenant": "",
         "kv": None,
-        "resume_from": 0,
         "return_token_ids": True,
     } | fields
     return Plan(prompt=list(prompt), limits=Limits(**{"max_tokens": 100} | limits), **given)  # type: ignore[arg-type]
@@ -233,6 +234,35 @@ async def test_a_broken_stream_goes_on_behind_the_tokens_made_elsewhere() -> Non
         complete = await collect(client, plan(max_tokens=8, generated=drawn, resume_from=8))
         assert complete[-2].chunk.finish_reason == pb.FINISH_REASON_LENGTH
         assert answer(complete) == b""
+
+
+@pytest.mark.mesh
+async def test_several_choices_go_on_each_behind_its_own_tokens() -> None:
+    drawn = [expected_tokens(list(b"hello"), Sampling(seed=7 + choice), 8) for choice in range(4)]
+    so_far = (
+        SoFar(resume_from=8, ended=True),
+        SoFar(generated=drawn[1], resume_from=6),  # whole, but its end was never told
+        SoFar(generated=drawn[2][:5], resume_from=3),
+        SoFar(),
+    )
+    async with running() as client:
+        made = plan(max_tokens=8, choices=4, sampling=Sampling(seed=7), so_far=so_far)
+        responses = await collect(client, made)
+        assert client.load is not None
+        assert client.load.free_blocks == client.load.total_blocks
+    assert [answer(responses, choice) for choice in range(4)] == [
+        b"",
+        bytes(drawn[1][6:]),
+        bytes(drawn[2][3:]),
+        bytes(drawn[3]),
+    ]
+    skipped = {choice: "" for choice in range(4)}
+    for response in responses:
+        skipped[response.chunk.choice] += response.skipped_text
+    assert skipped == {0: "", 1: bytes(drawn[1][:6]).decode(), 2: bytes(drawn[2][:3]).decode(), 3: ""}
+    finished = [response.chunk.choice for response in responses if response.chunk.finish_reason]
+    assert sorted(finished) == [1, 2, 3]
+    assert responses[-1].usage.completion_tokens == 32
 
 
 @pytest.mark.mesh

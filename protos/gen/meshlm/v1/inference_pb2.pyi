@@ -30,13 +30,14 @@ class StreamGenerateRequest(google.protobuf.message.Message):
     RESUME_FROM_FIELD_NUMBER: builtins.int
     RESUMABLE_FIELD_NUMBER: builtins.int
     RESUME_OF_FIELD_NUMBER: builtins.int
+    RESUME_FROM_CHOICES_FIELD_NUMBER: builtins.int
     resume_from: builtins.int
     """Tokens of the answer that the caller already has: the stream starts at this offset. Only for deterministic
-    requests (temperature 0, or a seed) with one choice.
+    requests (temperature 0, or a seed), or with `resume_of`. A request with several choices has `resume_from_choices`.
     """
     resumable: builtins.bool
     """Whether this stream may be resumed by `resume_of` if the caller's connection breaks: what was made is then kept for a
-    while (`router.streams.resumable_seconds`). Only requests with one choice.
+    while (`router.streams.resumable_seconds`).
     """
     resume_of: builtins.str
     """`request_id` of a resumable stream that broke, for the same request sent again with `resume_from`: it goes on from
@@ -46,6 +47,12 @@ class StreamGenerateRequest(google.protobuf.message.Message):
     def generation(self) -> meshlm.v1.generation_pb2.Generation:
         """What to generate."""
 
+    @property
+    def resume_from_choices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """In place of `resume_from`: tokens that the caller already has of each choice, by its index; of those behind the last
+        entry it has none. A choice that had ended ends once more, with its finish reason and no token.
+        """
+
     def __init__(
         self,
         *,
@@ -53,9 +60,10 @@ class StreamGenerateRequest(google.protobuf.message.Message):
         resume_from: builtins.int = ...,
         resumable: builtins.bool = ...,
         resume_of: builtins.str = ...,
+        resume_from_choices: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["generation", b"generation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["generation", b"generation", "resumable", b"resumable", "resume_from", b"resume_from", "resume_of", b"resume_of"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["generation", b"generation", "resumable", b"resumable", "resume_from", b"resume_from", "resume_from_choices", b"resume_from_choices", "resume_of", b"resume_of"]) -> None: ...
 
 global___StreamGenerateRequest = StreamGenerateRequest
 

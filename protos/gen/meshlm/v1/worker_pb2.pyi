@@ -45,6 +45,34 @@ POOLING_LAST: Pooling.ValueType  # 2
 global___Pooling = Pooling
 
 @typing.final
+class ChoiceSoFar(google.protobuf.message.Message):
+    """What there is already of one choice, made elsewhere."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESUME_FROM_FIELD_NUMBER: builtins.int
+    GENERATED_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
+    resume_from: builtins.int
+    """As RunGenerationRequest's."""
+    ended: builtins.bool
+    """Whether it has ended, and its end is known: nothing more of it is made or sent. It has `resume_from` tokens."""
+    @property
+    def generated(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """As RunGenerationRequest's."""
+
+    def __init__(
+        self,
+        *,
+        resume_from: builtins.int = ...,
+        generated: collections.abc.Iterable[builtins.int] | None = ...,
+        ended: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ended", b"ended", "generated", b"generated", "resume_from", b"resume_from"]) -> None: ...
+
+global___ChoiceSoFar = ChoiceSoFar
+
+@typing.final
 class RunGenerationRequest(google.protobuf.message.Message):
     """One generation, with what only the router may decide."""
 
@@ -57,6 +85,7 @@ class RunGenerationRequest(google.protobuf.message.Message):
     GENERATED_FIELD_NUMBER: builtins.int
     ALLOW_CONTROL_TOKENS_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
+    SO_FAR_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id of the request, for logs and spans."""
     cache_salt: builtins.bytes
@@ -75,6 +104,12 @@ class RunGenerationRequest(google.protobuf.message.Message):
     def generated(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Tokens of choice 0 already made elsewhere: generation goes on after them. Empty: from the start."""
 
+    @property
+    def so_far(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ChoiceSoFar]:
+        """For a generation with several choices, in place of `resume_from` and `generated`: what there is of each choice, by its
+        index. As many as choices, or none; they cannot all have ended.
+        """
+
     def __init__(
         self,
         *,
@@ -85,9 +120,10 @@ class RunGenerationRequest(google.protobuf.message.Message):
         generated: collections.abc.Iterable[builtins.int] | None = ...,
         allow_control_tokens: builtins.bool = ...,
         tenant: builtins.str = ...,
+        so_far: collections.abc.Iterable[global___ChoiceSoFar] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["generation", b"generation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["allow_control_tokens", b"allow_control_tokens", "cache_salt", b"cache_salt", "generated", b"generated", "generation", b"generation", "request_id", b"request_id", "resume_from", b"resume_from", "tenant", b"tenant"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow_control_tokens", b"allow_control_tokens", "cache_salt", b"cache_salt", "generated", b"generated", "generation", b"generation", "request_id", b"request_id", "resume_from", b"resume_from", "so_far", b"so_far", "tenant", b"tenant"]) -> None: ...
 
 global___RunGenerationRequest = RunGenerationRequest
 
@@ -155,7 +191,7 @@ class RunGenerationResponse(google.protobuf.message.Message):
     SKIPPED_TEXT_FIELD_NUMBER: builtins.int
     SKIPPED_TOKEN_IDS_FIELD_NUMBER: builtins.int
     skipped_text: builtins.str
-    """With the first chunk of a resumed generation: the text released by the tokens before `resume_from`. It is not to be
+    """With the first chunk of a resumed choice: the text released by the tokens before `resume_from`. It is not to be
     sent again, but a guard must see it, for what it blocks may begin there.
     """
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -34,11 +34,23 @@ MAX_TENANT_BYTES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
+class SoFar:
+    """What there is of one choice, made elsewhere."""
+
+    generated: list[int] = field(default_factory=list)
+    resume_from: int = 0  # tokens that are not sent again
+    ended: bool = False  # nothing of it is made or sent
+
+
+_NOTHING = SoFar()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """One generation, ready for the engine."""
 
     prompt: list[int]
-    generated: list[int]  # tokens of choice 0 that were made elsewhere
+    so_far: tuple[SoFar, ...]  # by choice; empty: there is nothing of any
     sampling: Sampling  # of choice 0
     limits: Limits
     stops: tuple[str, ...]
@@ -47,20 +59,23 @@ class Plan:
     cache_salt: bytes
     tenant: str
     kv: KvBudget | None
-    resume_from: int  # tokens that are not sent again
     return_token_ids: bool
 
-    def submit(self, identifier: str, choice: int) -> Submit:
-        """The sequence of one choice."""
+    def already(self, choice: int) -> SoFar:
+        """What there is of a choice."""
+        return self.so_far[choice] if self.so_far else _NOTHING
+
+    def submit(self, identifier: str, choice: int, *, admitted: bool) -> Submit:
+        """The sequence of one choice. `admitted`: another one of this request is in already."""
         seed = (self.sampling.seed + choice) % _SEEDS
         return Submit(
             id=identifier,
             prompt=self.prompt,
-            generated=self.generated,
+            generated=self.already(choice).generated,
             sampling=msgspec.structs.replace(self.sampling, seed=seed),
             limits=self.limits,
             priority=self.priority,
-            admitted=choice > 0,
+            admitted=admitted,
             cache_salt=self.cache_salt,
             tenant=self.tenant,
             kv=self.kv,
@@ -91,7 +106,7 @@ async def make_plan(
     )
     return Plan(
         prompt=prompt,
-        generated=list(request.generated),
+        so_far=_so_far(request),
         sampling=_sampling(generation.sampling),
         limits=_limits(generation.sampling, _eos_ids(prompts, facts), _room(prompt, facts, kv), seconds),
         stops=tuple(generation.sampling.stop),
@@ -100,7 +115,6 @@ async def make_plan(
         cache_salt=request.cache_salt,
         tenant=request.tenant,
         kv=kv,
-        resume_from=request.resume_from,
         return_token_ids=generation.return_token_ids,
     )
 
@@ -136,10 +150,27 @@ def _kv_budget(policy: pb.KvPolicy, facts: ModelFacts, budgets: Budgets) -> KvBu
 
 
 def _check_resumption(request: worker_pb2.RunGenerationRequest, facts: ModelFacts) -> None:
-    if (request.resume_from or request.generated) and (request.generation.sampling.n or 1) > 1:
-        raise invalid("resume_from", "only a generation with one choice can be resumed")
-    if any(token >= facts.vocab_size for token in request.generated):
-        raise invalid("generated", f"each must be below {facts.vocab_size}")
+    choices = request.generation.sampling.n or 1
+    if (request.resume_from or request.generated) and (choices > 1 or request.so_far):
+        raise invalid("resume_from", "a generation with several choices, or with `so_far`, has it there")
+    if len(request.so_far) not in (0, choices):
+        raise invalid("so_far", "needs one for each choice, or none")
+    if request.so_far and all(choice.ended for choice in request.so_far):
+        raise invalid("so_far", "every choice has ended: there is nothing to go on with")
+    if any(choice.ended and choice.resume_from > facts.max_context for choice in request.so_far):
+        raise invalid("so_far", "a choice cannot be longer than the context")
+    for name, made in [("generated", request.generated), *(("so_far", choice.generated) for choice in request.so_far)]:
+        if any(token >= facts.vocab_size for token in made):
+            raise invalid(name, f"each token id must be below {facts.vocab_size}")
+
+
+def _so_far(request: worker_pb2.RunGenerationRequest) -> tuple[SoFar, ...]:
+    if request.generated or request.resume_from:
+        return (SoFar(generated=list(request.generated), resume_from=request.resume_from),)
+    return tuple(
+        SoFar(generated=list(choice.generated), resume_from=choice.resume_from, ended=choice.ended)
+        for choice in request.so_far
+    )
 
 
 def _check_token_ids(sampling: pb.Sampling, facts: ModelFacts) -> None:

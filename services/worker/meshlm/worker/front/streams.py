@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -77,6 +77,7 @@ class Choice:
         self.finish: pb.FinishReason.ValueType = pb.FINISH_REASON_UNSPECIFIED
         self.failure: MeshError | None = None
         self._plan = plan
+        self._already = plan.already(index)
         self._skipped = ""
         self._skipped_ids: list[int] = []
         self._tokenizer = tokenizer
@@ -90,7 +91,7 @@ class Choice:
     @property
     def drawn(self) -> int:
         """Tokens that the engine drew: those of the answer that were not made elsewhere."""
-        return max(0, self.made - len(self._plan.generated))
+        return max(0, self.made - len(self._already.generated))
 
     def advance(self, events: list[Event]) -> pb.Chunk | None:
         """One chunk for all that came: a reader that is behind gets fewer and larger ones. None: nothing to tell."""
@@ -120,7 +121,7 @@ class Choice:
         text = self._detokenizer.push(event.token)
         if self.made > self._plan.limits.min_tokens:
             text = self._stops.push(text)
-        if self.made > self._plan.resume_from:
+        if self.made > self._already.resume_from:
             self._put_token(chunk, event, text)
         else:
             self._skipped += text
@@ -173,26 +174,31 @@ class Generation:
         self._interval = interval
         self._arrived = asyncio.Event()
         self._streams: dict[Choice, EngineStream] = {}
+        self._indices = [index for index in range(plan.choices) if not plan.already(index).ended]
+        self._lead: Choice | None = None  # the first at the engine
 
     @property
     def usage(self) -> pb.Usage:
         return pb.Usage(
             prompt_tokens=len(self.plan.prompt),
-            cached_prompt_tokens=min(self.choices[0].cached, len(self.plan.prompt)) if self.choices else 0,
-            completion_tokens=sum(choice.made for choice in self.choices),
+            cached_prompt_tokens=min(self._lead.cached, len(self.plan.prompt)) if self._lead is not None else 0,
+            completion_tokens=sum(choice.made for choice in self.choices) + self._ended_tokens,
         )
 
     async def responses(self, revision: str) -> AsyncGenerator[worker_pb2.RunGenerationResponse, None]:
         """The messages of the call. Leaving early cancels every sequence. Raises MeshError."""
         with ExitStack() as sequences:
-            resumed = self._open_first(sequences)
+            opened = list(self._open_more(sequences))
             accepted = worker_pb2.GenerationAccepted(
                 prompt_tokens=len(self.plan.prompt), max_tokens=self.plan.limits.max_tokens, model_revision=revision
             )
             yield worker_pb2.RunGenerationResponse(accepted=accepted, usage=self.usage)
-            if resumed is not None:
-                yield self._told(self.choices[0], resumed)
-            while not self._complete:
+            while True:
+                for choice, resumed in opened:
+                    if resumed is not None:
+                        yield self._told(choice, resumed)
+                if self._complete:
+                    break
                 await self._arrived.wait()
                 self._arrived.clear()
                 for choice in list(self._streams):
@@ -201,8 +207,7 @@ class Generation:
                         yield self._told(choice, chunk)
                     if choice.failure is not None:
                         raise choice.failure
-                if (self.choices[0].made or self.choices[0].done) and len(self.choices) < self.plan.choices:
-                    self._open_others(sequences)
+                opened = list(self._open_more(sequences))
         yield worker_pb2.RunGenerationResponse(end=self._end(), usage=self.usage)
 
     def _told(self, choice: Choice, chunk: pb.Chunk) -> worker_pb2.RunGenerationResponse:
@@ -210,36 +215,45 @@ class Generation:
         return worker_pb2.RunGenerationResponse(chunk=chunk, usage=self.usage, skipped_text=text, skipped_token_ids=ids)
 
     @property
+    def _ended_tokens(self) -> int:
+        """Of choices that ended elsewhere."""
+        return sum(already.resume_from for already in self.plan.so_far if already.ended)
+
+    @property
     def _complete(self) -> bool:
         """Every choice is done, and the engine has said so too: it alone knows the exact times."""
         return (
-            len(self.choices) == self.plan.choices
+            len(self.choices) == len(self._indices)
             and all(choice.done for choice in self.choices)
             and all(stream.ended for stream in self._streams.values())
         )
 
-    def _open_first(self, sequences: ExitStack) -> pb.Chunk | None:
-        """Submits choice 0. What was made elsewhere passes through it first; returns the part that is to be sent."""
-        choice = Choice(0, self.plan, self._tokenizer)
-        self.choices.append(choice)
-        made: list[Event] = [NewToken("", token) for token in self.plan.generated]
+    def _open_more(self, sequences: ExitStack) -> Iterator[tuple[Choice, pb.Chunk | None]]:
+        """Begins choices, each with what is to be sent at once of what was made elsewhere. After the first has its first
+        token, or ended at it, the prompt is in the prefix cache for the others: they wait for that."""
+        while len(self.choices) < len(self._indices):
+            lead = self._lead
+            if lead is not None and not (lead.drawn or lead.done):
+                return
+            choice = Choice(self._indices[len(self.choices)], self.plan, self._tokenizer)
+            self.choices.append(choice)
+            chunk = self._take_made(choice)
+            if not choice.done:
+                self._open(choice, sequences)
+            yield choice, chunk
+
+    def _take_made(self, choice: Choice) -> pb.Chunk | None:
+        """What was made elsewhere passes through the choice first; returns the part that is to be sent."""
+        made: list[Event] = [NewToken("", token) for token in self.plan.already(choice.index).generated]
         if len(made) >= self.plan.limits.max_tokens:
             now = time.monotonic()
             made.append(Finished(id="", reason=Finish.LENGTH, arrival=now, ended=now))
-        chunk = choice.advance(made)
-        if not choice.done:
-            self._open(choice, sequences)
-        return chunk
-
-    def _open_others(self, sequences: ExitStack) -> None:
-        """After choice 0 has its first token, or ended at it, the prompt is in the prefix cache for the others."""
-        for index in range(1, self.plan.choices):
-            choice = Choice(index, self.plan, self._tokenizer)
-            self.choices.append(choice)
-            self._open(choice, sequences)
+        return choice.advance(made)
 
     def _open(self, choice: Choice, sequences: ExitStack) -> None:
-        request = self.plan.submit(f"{next(_sequence_numbers)}", choice.index)
+        admitted = self._lead is not None
+        self._lead = self._lead or choice
+        request = self.plan.submit(f"{next(_sequence_numbers)}", choice.index, admitted=admitted)
         try:
             stream = self._client.submit(request, self._arrived, interval=self._interval)
             self._streams[choice] = sequences.enter_context(stream)
