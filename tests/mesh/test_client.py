@@ -110,11 +110,12 @@ class TestResume:
                 await collect(mesh, seed=7, resumes=1)
         assert len(router.requests) == 2
 
-    async def test_it_is_refused_where_several_choices_are_asked_for(self, router: ScriptedRouter) -> None:
+    async def test_of_several_choices_each_says_how_far_it_came(self, router: ScriptedRouter) -> None:
+        router.breaks_after = [2]
         async with client(router) as mesh:
-            with pytest.raises(MeshError, match="resumes"):
-                await collect(mesh, resumes=1, temperature=0.0, n=2)
-        assert router.requests == []
+            await collect(mesh, resumes=1, temperature=0.0, n=2)  # the second never came to its first token
+        assert [list(request.resume_from_choices) for request in router.requests] == [[], [2, 0]]
+        assert [request.resume_from for request in router.requests] == [0, 0]
 
     async def test_what_is_drawn_is_asked_for_again_by_id_and_with_the_seed_that_was_told(
         self, router: ScriptedRouter

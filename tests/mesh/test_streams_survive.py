@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections import Counter
 from typing import Any, ClassVar
 
 import grpc
@@ -60,17 +61,17 @@ async def busy(rig: Rig) -> list[str]:
     return names
 
 
-def text_of(events: list[Any]) -> str:
-    return "".join(event.text for event in events if isinstance(event, Text))
+def text_of(events: list[Any], choice: int = 0) -> str:
+    return "".join(event.text for event in events if isinstance(event, Text) and event.choice == choice)
 
 
 def gapless(events: list[Any]) -> bool:
-    offset = 0
+    offsets: Counter[int] = Counter()
     for event in events:
         if isinstance(event, Text):
-            if event.token_offset != offset:
+            if event.token_offset != offsets[event.choice]:
                 return False
-            offset += event.token_count
+            offsets[event.choice] += event.token_count
     return True
 
 
@@ -176,11 +177,41 @@ async def test_what_a_lost_worker_made_is_billed_once() -> None:
         await until(settled)
 
 
-async def test_streams_of_several_choices_end_with_their_worker() -> None:
+async def test_each_of_several_choices_goes_on_from_its_own_tokens_and_all_are_billed_once() -> None:
+    async with limited(f"micros_per_day = {LIMIT}", step=0.01, workers=THREE) as rig:
+        asked = {"cache": "bypass", "n": 3, "seed": 7, "max_tokens": 60, **SAMPLED}
+        whole = [event async for event in rig.stream("hello", **asked)]
+        events = await disturbed(rig, 40, 2, rig.stream("hello", **asked))
+        texts = [text_of(events, choice) for choice in range(3)]
+        assert texts == [text_of(whole, choice) for choice in range(3)]
+        assert len(set(texts)) == 3
+        assert gapless(events)
+        assert not any(event.token_ids for event in events if isinstance(event, Text))  # nobody asked for them
+        end = events[-1]
+        assert isinstance(end, End)
+        assert end.finish_reasons == dict.fromkeys(range(3), "length")
+        assert end.usage == whole[-1].usage
+        assert end.usage.completion_tokens == 180
+        assert len(end.replicas) >= 2
+
+        async def settled() -> bool:
+            return await spent(rig) == 2 * told(events)
+
+        await until(settled)
+
+
+async def test_a_choice_that_had_ended_is_not_made_again_for_those_that_go_on() -> None:
+    """A stop string that only one of them has ends that one long before the worker is lost."""
     async with running(TWO) as rig:
-        with pytest.raises(MeshError) as caught:
-            await disturbed(rig, 20, 1, rig.stream("hello", cache="bypass", n=2, **SAMPLED))
-        assert caught.value.reason in (Reason.NO_REPLICA, Reason.ENGINE_LOST)
+        asked = {"cache": "bypass", "n": 2, "seed": 7, "max_tokens": 100, **SAMPLED}
+        whole = [event async for event in rig.stream("hello", **asked)]
+        first, second = (text_of(whole, choice) for choice in range(2))
+        stop = next(first[at : at + 2] for at in range(8, 40) if first[at : at + 2] not in second[:80])
+        events = await disturbed(rig, 100, 1, rig.stream("hello", **asked, stop=[stop]))
+        assert text_of(events, 0) == first[: first.index(stop)]
+        assert text_of(events, 1) == (second[: second.index(stop)] if stop in second else second)
+        assert gapless(events)
+        assert events[-1].finish_reasons[0] == "stop"
 
 
 async def first_part(rig: Rig, count: int, asked: dict[str, Any], **more: Any) -> list[Any]:
@@ -224,6 +255,31 @@ class TestACallerWhoComesBack:
 
             await until(settled)
 
+    async def test_finds_the_rest_of_each_of_several_choices_and_pays_for_each_token_once(self) -> None:
+        drawn = {**self.DRAWN, "n": 2}
+        async with limited(f"micros_per_day = {LIMIT}", step=0.01) as rig:
+            before = await first_part(rig, 20, drawn, resumable=True)
+            start, last = before[0].start, before[-1]
+            has = [0, 0]
+            for message in before[1:]:
+                has[message.chunk.choice] = message.chunk.token_offset + message.chunk.token_count
+            after = await rest(rig, drawn, resume_from_choices=has, resume_of=start.request_id)
+            whole = await rest(rig, {**drawn, "seed": start.seed})
+            for choice in range(2):
+                made, expected = (
+                    "".join(m.chunk.text for m in messages if m.chunk.choice == choice)
+                    for messages in (before + after, whole)
+                )
+                assert made == expected
+            assert after[-1].usage.prompt_tokens == 0
+            total = last.usage.prompt_tokens + 160
+            assert sum(has) + after[-1].usage.completion_tokens <= 160
+
+            async def settled() -> bool:
+                return await spent(rig) == 2 * total
+
+            await until(settled)
+
     async def test_is_known_by_its_request_and_its_key_alone(self) -> None:
         async with running() as rig:
             before = await first_part(rig, 20, self.DRAWN, resumable=True)
@@ -247,18 +303,21 @@ class TestACallerWhoComesBack:
             load = await rig.load()
             assert load.free_blocks == load.total_blocks
 
-    async def test_by_the_client_library_gets_a_draw_whole_though_the_router_was_killed(self) -> None:
+    @pytest.mark.parametrize("choices", [1, 3])
+    async def test_by_the_client_library_gets_a_draw_whole_though_the_router_was_killed(self, choices: int) -> None:
         async with running(TWO) as rig:
-            text, killed, seed = "", False, 0
-            async for event in rig.stream("hello", cache="bypass", resumes=100, **SAMPLED):
+            events, killed, seed = [], False, 0
+            async for event in rig.stream("hello", cache="bypass", resumes=100, n=choices, **SAMPLED):
+                events.append(event)
                 if isinstance(event, Start):
                     seed = event.seed or 0
-                if isinstance(event, Text):
-                    text += event.text
-                    if event.token_offset >= 20 and not killed:
-                        killed = True
-                        rig.kill("router")
-            assert text == await rig.text("hello", cache="bypass", seed=seed, **SAMPLED)
+                if isinstance(event, Text) and event.token_offset >= 20 and not killed:
+                    killed = True
+                    rig.kill("router")
+            stream = rig.stream("hello", cache="bypass", seed=seed, n=choices, **SAMPLED)
+            whole = [event async for event in stream]
+            assert gapless(events)
+            assert [text_of(events, n) for n in range(choices)] == [text_of(whole, n) for n in range(choices)]
 
 
 async def test_a_hedged_prefill_is_won_by_the_quicker_worker_and_frees_the_blocks_of_the_slower() -> None:

@@ -256,7 +256,7 @@ async def test_several_choices_go_on_each_behind_its_own_tokens() -> None:
         bytes(drawn[2][3:]),
         bytes(drawn[3]),
     ]
-    skipped = {choice: "" for choice in range(4)}
+    skipped = dict.fromkeys(range(4), "")
     for response in responses:
         skipped[response.chunk.choice] += response.skipped_text
     assert skipped == {0: "", 1: bytes(drawn[1][:6]).decode(), 2: bytes(drawn[2][:3]).decode(), 3: ""}

@@ -53,11 +53,8 @@ class AsyncMesh:
         Raises MeshError.
 
         `resumes` is how many times a stream that broke may be gone on with; each resume tells a `Start` of its own.
-        It needs a request with one choice.
         """
         wanted = generation(**asked)
-        if resumes and asked.get("n", 1) != 1:
-            raise MeshError(Reason.REQUEST_INVALID, "resumes: needs one choice")
         reader, ends_at = StreamReader(), self._ends_at(deadline)
         request = inference_pb2.StreamGenerateRequest(generation=wanted, resumable=resumes > 0)
         while True:

@@ -17,7 +17,7 @@ class Start:
     routing: inference_pb2.RoutingDecision
     input_verdict: generation_pb2.Verdict
     limits: inference_pb2.LimitState | None
-    # Token offset at which this stream starts: above 0 after a resume.
+    # Tokens that came before this stream, over all choices: above 0 after a resume.
     offset: int = 0
     # The seed in use: with it, the same request gives the same tokens. None for greedy ones and cached answers.
     seed: int | None = None
@@ -101,10 +101,10 @@ class Answer:
 
 @dataclass
 class StreamReader:
-    """Turns a stream's messages into events, and remembers how far the first choice got."""
+    """Turns a stream's messages into events, and remembers how far each choice got."""
 
-    # Where the next message of the first choice would go on.
-    next_offset: int = 0
+    # Where the next message of each choice would go on.
+    next_offsets: dict[int, int] = field(default_factory=dict)
     start: Start | None = None
     usage: generation_pb2.Usage = field(default_factory=generation_pb2.Usage)  # as this stream told last
     before: generation_pb2.Usage = field(default_factory=generation_pb2.Usage)  # of the streams that broke
@@ -116,7 +116,7 @@ class StreamReader:
         kind = message.WhichOneof("event")
         self.usage = message.usage
         if kind == "start":
-            self.start = start_of(message.start, self.next_offset)
+            self.start = start_of(message.start, sum(self.next_offsets.values()))
             return self.start
         if kind == "end":
             return end_of(message.end, self._total(), self.finish_reasons, self.matched_stops)
@@ -128,7 +128,11 @@ class StreamReader:
 
     def resume(self, request: inference_pb2.StreamGenerateRequest) -> None:
         """Make the request of a stream that broke one that goes on with it."""
-        request.resume_from = self.next_offset
+        if request.generation.sampling.n > 1:
+            choices = range(request.generation.sampling.n)
+            request.resume_from_choices[:] = [self.next_offsets.get(choice, 0) for choice in choices]
+        else:
+            request.resume_from = self.next_offsets.get(0, 0)
         if self.start is None:
             return
         request.resume_of = self.start.request_id
@@ -146,8 +150,7 @@ class StreamReader:
         )
 
     def _text(self, chunk: generation_pb2.Chunk, usage: generation_pb2.Usage) -> Text | None:
-        if chunk.choice == 0:
-            self.next_offset = chunk.token_offset + chunk.token_count
+        self.next_offsets[chunk.choice] = chunk.token_offset + chunk.token_count
         if chunk.finish_reason:
             self.finish_reasons[chunk.choice] = finish_name(chunk.finish_reason)
             if chunk.HasField("matched_stop"):

@@ -211,7 +211,7 @@ class Pipeline:
 
     async def _look_up(self, work: Work, screening: asyncio.Task[pb.Verdict | None]) -> None:
         """Leaves an answer in `work.lookup` only if its input passes the guard now, under the policy it was made."""
-        if work.resume_from or work.resume_of:
+        if work.resumed:
             return  # chunk boundaries differ between runs: only the worker can cut an answer at a token
         if not self.residency.cache_allowed(work.regions):
             work.lookup.outcome = "region"
@@ -298,7 +298,7 @@ class Pipeline:
         """The last messages of a stream that went as far as its limits let it."""
         for choice in range(work.choices):
             if choice not in work.finishes:
-                offset = work.ends.get(choice, work.resume_from)
+                offset = work.ends.get(choice, work.progress[choice].resume_from)
                 chunk = pb.Chunk(choice=choice, token_offset=offset, finish_reason=pb.FINISH_REASON_BUDGET_SPENT)
                 work.note(chunk)
                 yield self._tell(work, chunk=chunk)

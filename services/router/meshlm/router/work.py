@@ -6,7 +6,6 @@ import hashlib
 import secrets
 import time
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from meshlm.chassis.calls import REQUEST_ID
@@ -23,6 +22,7 @@ from meshlm.router.replicas.replica import Replica
 from meshlm.router.replicas.residency import ANYWHERE, Regions
 from meshlm.router.risk.assessment import Assessment
 from meshlm.router.routing.routes import Decision, Query
+from meshlm.router.streams.progress import Progress
 from meshlm.router.wording import Wording, word
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2, worker_pb2
@@ -41,7 +41,7 @@ class Work:
     trace_id: str
     key: KeyConfig
     generation: pb.Generation  # the caller's, with the mesh's defaults filled in
-    resume_from: int
+    progress: list[Progress]  # of each choice
     measure: Measure
     started: float  # seconds, time.perf_counter
     deadline: float  # same clock
@@ -58,16 +58,13 @@ class Work:
     replica: Replica | None = None  # that computes, or was the last to
     replicas: list[str] = field(default_factory=list)  # all that computed, in order
     drawn: int = field(default_factory=lambda: secrets.randbits(64))  # the seed where the caller named none
-    made: array[int] = field(default_factory=lambda: array("I"))  # token ids of a single choice so far
-    known: bool = True  # whether `made` are all of them
     proven: bool = False  # its answer is computed again elsewhere, from these, one a token:
     logprobs: array[float] = field(default_factory=lambda: array("d"))
     resumable: bool = False  # what it made is kept for a caller who comes back
     resume_of: str = ""  # request id of the broken stream that this one goes on with
     asked: str = ""  # digest of the request, for one of these two
-    revision: str = ""  # of the weights that made `made`; empty: any
+    revision: str = ""  # of the weights that made what there is; empty: any
     prompt_paid: bool = False  # with the stream that this one goes on with
-    paid_to: int = 0  # so many tokens, too
     lookup: Lookup = field(default_factory=Lookup)
     input_verdict: pb.Verdict | None = None
     output_verdicts: list[pb.Verdict] = field(default_factory=list)
@@ -115,7 +112,7 @@ class Work:
             trace_id=ids[1],
             key=key,
             generation=generation,
-            resume_from=request.resume_from,
+            progress=_progress(request, generation),
             resumable=request.resumable,
             resume_of=request.resume_of,
             measure=measured,
@@ -139,9 +136,12 @@ class Work:
     def query(self) -> Query:
         """What decides on its model."""
         context = self.measure.tokens + self.generation.sampling.max_tokens
-        return Query(
-            self.generation, self.key, context, self.request_id, resumed=self.resume_from > 0 or bool(self.resume_of)
-        )
+        return Query(self.generation, self.key, context, self.request_id, resumed=self.resumed)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it goes on with a stream that broke."""
+        return bool(self.resume_of) or any(choice.resume_from for choice in self.progress)
 
     @property
     def completion_at_most(self) -> int:
@@ -230,20 +230,6 @@ class Work:
         self.replica = replica
         self.replicas[-1] = replica.name
 
-    def keep_ids(self, skipped: Sequence[int], offset: int) -> None:
-        """The first chunk comes, behind `offset` tokens, which are `skipped` where the worker told them."""
-        if len(skipped) == offset:
-            self.made = array("I", skipped)
-        else:
-            self.made, self.known = self.made[:offset], len(self.made) >= offset
-
-    def take_ids(self, chunk: pb.Chunk) -> None:
-        """A worker made these tokens; not all of them need go out."""
-        self.made.extend(chunk.token_ids)
-        self.known = self.known and len(chunk.token_ids) == chunk.token_count
-        if self.proven:
-            self.logprobs.extend(position.chosen.logprob for position in chunk.logprobs)
-
     def note_worker(self, message: worker_pb2.RunGenerationResponse) -> None:
         """What the worker counted, and what it says of its own stages."""
         self.usage = message.usage
@@ -257,7 +243,7 @@ class Work:
 
     def _more(self, chunk: pb.Chunk) -> int:
         """Tokens of it that are to be billed."""
-        paid = max(self.ends.get(chunk.choice, 0), self.paid_to)
+        paid = max(self.ends.get(chunk.choice, 0), self.progress[chunk.choice].paid_to)
         return max(0, chunk.token_offset + chunk.token_count - paid)
 
     def note(self, chunk: pb.Chunk) -> None:
@@ -287,14 +273,23 @@ def check_size(measured: Measure, config: RouterConfig, path: str) -> None:
 
 
 def _check_resume(request: inference_pb2.StreamGenerateRequest, generation: pb.Generation) -> None:
-    one = not generation.sampling.HasField("n") or generation.sampling.n == 1
+    choices = max(1, generation.sampling.n)
+    if request.resume_from and (choices > 1 or request.resume_from_choices):
+        raise invalid("resume_from", "a request with several choices has `resume_from_choices` instead")
+    if len(request.resume_from_choices) > choices:
+        raise invalid("resume_from_choices", "more than the request has choices")
     if request.resume_of and not REQUEST_ID.fullmatch(request.resume_of):
         raise invalid("resume_of", "not an id of a request")
-    if request.resume_from and not request.resume_of and not is_deterministic(generation.sampling):
-        raise invalid(
-            "resume_from",
-            "only a deterministic request (temperature 0, or a seed), or one with `resume_of`, is resumed",
-        )
-    for name in ("resume_from", "resume_of", "resumable"):
-        if getattr(request, name) and not one:
-            raise invalid(name, "only a request with one choice can be resumed")
+    for name in ("resume_from", "resume_from_choices"):
+        if getattr(request, name) and not request.resume_of and not is_deterministic(generation.sampling):
+            raise invalid(
+                name,
+                "only a deterministic request (temperature 0, or a seed), or one with `resume_of`, is resumed",
+            )
+
+
+def _progress(request: inference_pb2.StreamGenerateRequest, generation: pb.Generation) -> list[Progress]:
+    """What the caller has of each choice."""
+    has = list(request.resume_from_choices) or [request.resume_from]
+    choices = max(1, generation.sampling.n)
+    return [Progress(resume_from=tokens) for tokens in has + [0] * (choices - len(has))]

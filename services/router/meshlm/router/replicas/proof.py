@@ -53,7 +53,7 @@ class Prover:
         if not self._config.share or len(self._fleet.replicas) < 2 or self._chance.random() >= self._config.share:
             return
         partial = work.generation.kv_policy.mode > pb.KvPolicy.MODE_FULL
-        work.proven = work.choices == 1 and not work.resume_from and not work.resume_of and not partial
+        work.proven = work.choices == 1 and not work.resumed and not partial
 
     def prove(self, work: Work) -> None:
         """After its end: begin, if it can be proven and there is room."""
@@ -71,8 +71,9 @@ class Prover:
         await asyncio.gather(*self._running, return_exceptions=True)
 
     def _claim(self, work: Work) -> Claim | None:
-        made, replica = len(work.made), work.replica
-        whole = work.complete and work.known and made == len(work.logprobs) and len(work.replicas) == 1
+        answer, replica = work.progress[0], work.replica
+        made = len(answer.made)
+        whole = work.complete and answer.known and made == len(work.logprobs) and len(work.replicas) == 1
         total = made + work.usage.prompt_tokens
         if not whole or replica is None or made < self._config.least_tokens or total > self._config.most_tokens:
             return None
@@ -85,7 +86,7 @@ class Prover:
             cache_salt=work.cache_salt,
             allow_control_tokens=work.key.raw_prompts,
         )
-        request.continuations.add().token_ids.ids.extend(work.made)
+        request.continuations.add().token_ids.ids.extend(answer.made)
         return Claim(replica, request, tuple(work.logprobs), work.regions)
 
     async def _decide(self, claim: Claim) -> None:

@@ -77,7 +77,7 @@ class Shadows:
 
     def _eligible(self, work: Work) -> bool:
         """Only what was answered whole, by a model, and passed the guard both ways. Token ids are of one vocabulary."""
-        if work.outcome != "complete" or work.lookup.answer is not None or work.resume_from:
+        if work.outcome != "complete" or work.lookup.answer is not None or work.resumed:
             return False
         if self._guarded and (work.input_verdict is None or not work.judged):
             return False

@@ -20,6 +20,7 @@ from meshlm.chassis.telemetry import Name, fail, tracer
 from meshlm.router.replicas.fleet import Fleet
 from meshlm.router.replicas.overload import Overload, urgency_of
 from meshlm.router.replicas.replica import Attempt, Replica
+from meshlm.router.streams.progress import ask_to_go_on
 from meshlm.router.streams.retries import RetryBudget
 from meshlm.router.wording import Wording
 from meshlm.router.work import Work
@@ -179,34 +180,23 @@ class Dispatcher:
 
 
 def request_of(work: Work) -> worker_pb2.RunGenerationRequest:
-    """What a worker is asked. Token ids come back whether the caller wants them or not: another worker can go on from
-    them; and a seed goes with what is drawn, so that it goes on with the same draws."""
+    """What a worker is asked: to begin, or to go on behind what was told. Token ids come back whether the caller wants
+    them or not: another worker can go on from them; and a seed goes with what is drawn, so that it goes on with the
+    same draws."""
     request = worker_pb2.RunGenerationRequest(
         request_id=work.request_id,
         generation=work.generation,
         cache_salt=work.cache_salt,
-        resume_from=work.resume_from,
-        generated=work.made,
         allow_control_tokens=work.key.raw_prompts,
         tenant=work.key.tenant,
     )
     request.generation.input.CopyFrom(work.wording().source)
-    if work.choices == 1:
-        request.generation.return_token_ids = True
+    request.generation.return_token_ids = True
+    ask_to_go_on(request, work.progress, tuple(work.finishes))
     if work.proven and not request.generation.sampling.HasField("logprobs"):
         request.generation.sampling.logprobs = 0
     if (seed := work.seed) is not None:
         request.generation.sampling.seed = seed
-    return request
-
-
-def again(work: Work, made: Sequence[int], offset: int) -> worker_pb2.RunGenerationRequest:
-    """As the first request, to go on behind `offset` tokens. `made` are all tokens so far; where they are not known,
-    the worker makes them anew: with the same seed they are the same."""
-    request = request_of(work)
-    request.resume_from = offset
-    del request.generated[:]
-    request.generated.extend(made)
     return request
 
 

@@ -43,8 +43,8 @@ class _Kept:
     sampling: str  # as the mesh filled it in; the message, base64
     seed: int | None
     revision: str
-    tokens: list[int]
-    sent: int  # tokens that are billed
+    tokens: list[list[int]]  # of each choice
+    sent: list[int]  # tokens of each that are billed
 
 
 class Returns:
@@ -56,13 +56,16 @@ class Returns:
 
     async def keep(self, work: Work) -> None:
         """A request is over: if it broke and may be resumed, its tokens wait. A store that fails costs only that."""
-        if not work.resumable or work.complete or not work.known or not work.made or work.outcome not in _BROKEN:
+        if not work.resumable or work.complete or work.outcome not in _BROKEN:
+            return
+        if not all(choice.known for choice in work.progress) or not any(choice.made for choice in work.progress):
             return
         assert work.choice is not None  # noqa: S101  tokens were made
-        sent = max(work.paid_to, work.ends.get(0, 0))
+        sent = [max(choice.paid_to, work.ends.get(index, 0)) for index, choice in enumerate(work.progress)]
+        tokens = [list(choice.made) for choice in work.progress]
         sampling = base64.b64encode(work.generation.sampling.SerializeToString()).decode()
         choice = work.choice
-        kept = _Kept(work.asked, choice.model, sampling, work.seed, choice.revision, list(work.made), sent)
+        kept = _Kept(work.asked, choice.model, sampling, work.seed, choice.revision, tokens, sent)
         if self._redis is not None:
             try:
                 await self._redis.set(_name(work, work.request_id), json.dumps(asdict(kept)), px=self._ttl_ms)
@@ -86,9 +89,10 @@ class Returns:
         if found is not None and _fits(work, found):
             work.generation.model = found.model
             work.generation.sampling.ParseFromString(base64.b64decode(found.sampling))
-            work.made = array("I", found.tokens)
+            for progress, tokens, sent in zip(work.progress, found.tokens, found.sent, strict=True):
+                progress.made, progress.paid_to = array("I", tokens), sent
             work.drawn = found.seed if found.seed is not None else work.drawn
-            work.revision, work.prompt_paid, work.paid_to = found.revision, True, found.sent
+            work.revision, work.prompt_paid = found.revision, True
         elif not is_deterministic(work.generation.sampling):
             raise invalid("resume_of", "no stream of this id and request can be resumed, and a draw has no seed")
 
@@ -111,7 +115,9 @@ def _fits(work: Work, found: _Kept) -> bool:
         if asked.HasField(name) and getattr(asked, name) != getattr(kept, name):
             return False
     same_seed = not asked.HasField("seed") or asked.seed == found.seed
-    return same_seed and found.request == work.asked and work.resume_from <= len(found.tokens)
+    if not same_seed or found.request != work.asked:
+        return False
+    return all(c.resume_from <= len(tokens) for c, tokens in zip(work.progress, found.tokens, strict=True))
 
 
 def _name(work: Work, request_id: str) -> str:

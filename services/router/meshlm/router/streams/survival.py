@@ -14,7 +14,7 @@ from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.telemetry import Name, meter
 from meshlm.router.replicas.fleet import Replica
 from meshlm.router.streams.config import StreamsConfig
-from meshlm.router.streams.dispatch import ELSEWHERE, Dispatcher, WorkerCall, again, request_of
+from meshlm.router.streams.dispatch import ELSEWHERE, Dispatcher, WorkerCall, request_of
 from meshlm.router.streams.hedging import Hedges, race
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
@@ -43,10 +43,8 @@ class LastingCall:
         self._hedges = hedges
         self._accepted = time.monotonic()
         self._first = call.usage  # the prompt is billed as the first worker counted it
-        self._offset = work.resume_from  # after the last token that a worker told
         self._begun = False  # whether a chunk came
         self._fresh = False  # whether the worker in use told a token
-        self._unfinished = work.choices
         self._barren = 0
         self._lost: list[Replica] = []
         self._resumes = 0
@@ -63,7 +61,7 @@ class LastingCall:
                 if message is None:
                     raise MeshError(Reason.ENGINE_LOST, "the worker ended its stream early", retry_after=1.0)
             except MeshError as error:
-                if self._unfinished:
+                if self._unfinished():
                     await self._go_on(error)
                     continue
                 return  # the answer is whole; only its exact times are lost
@@ -105,22 +103,22 @@ class LastingCall:
         work, chunk = self._work, message.chunk
         if not self._begun:
             self._begun = True
-            work.keep_ids(message.skipped_token_ids, self._offset)
-        elif message.skipped_text:
-            message.ClearField("skipped_text")  # the guard has seen it, from the worker before
         self._call.idle_seconds = self._config.idle_seconds
         self._fresh = self._fresh or chunk.token_count > 0
-        self._unfinished -= chunk.finish_reason != pb.FINISH_REASON_UNSPECIFIED
-        if work.choices > 1:
-            return
-        if chunk.token_offset != self._offset:
-            raise MeshError(Reason.INTERNAL, "a worker went on from another token")
-        self._offset += chunk.token_count
-        work.take_ids(chunk)
+        if chunk.choice >= work.choices:
+            raise MeshError(Reason.INTERNAL, "a worker made a choice that nobody asked for")
+        work.progress[chunk.choice].take(message)
+        if work.proven:
+            work.logprobs.extend(position.chosen.logprob for position in chunk.logprobs)
         if not work.generation.return_token_ids:
             chunk.ClearField("token_ids")
         if work.proven and not work.generation.sampling.HasField("logprobs"):
             chunk.ClearField("logprobs")
+
+    def _unfinished(self) -> bool:
+        """Whether some choice has more to come that somebody wants: not one that the guard stopped."""
+        work = self._work
+        return any(not choice.ended and index not in work.finishes for index, choice in enumerate(work.progress))
 
     def _correct(self, usage: pb.Usage) -> None:
         usage.prompt_tokens = self._first.prompt_tokens
@@ -134,7 +132,7 @@ class LastingCall:
             raise error
         await self._call.close(self._work.usage)
         self._lost.append(replica)
-        log.warning("a stream lost its worker", replica=replica.name, reason=error.reason, offset=self._offset)
+        log.warning("a stream lost its worker", replica=replica.name, reason=error.reason, offsets=self._offsets())
         try:
             self._call = await self._elsewhere(error)
         except MeshError:
@@ -151,12 +149,15 @@ class LastingCall:
             return False
         if not self._begun:
             return self._dispatcher.retries.take("lost")
-        return self._work.choices == 1 and self._resumes < self._config.resumes
+        return self._resumes < self._config.resumes
+
+    def _offsets(self) -> list[int]:
+        return [choice.offset for choice in self._work.progress]
 
     async def _elsewhere(self, failure: MeshError) -> WorkerCall:
         """The call at the next worker that takes it; waits for one within the time that is configured for that."""
         work = self._work
-        request = again(work, work.made if work.known else (), self._offset)
+        request = request_of(work)
         loop = asyncio.get_running_loop()
         until = loop.time() + self._config.resume_wait_seconds
         while True:

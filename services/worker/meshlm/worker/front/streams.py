@@ -229,8 +229,8 @@ class Generation:
         )
 
     def _open_more(self, sequences: ExitStack) -> Iterator[tuple[Choice, pb.Chunk | None]]:
-        """Begins choices, each with what is to be sent at once of what was made elsewhere. After the first has its first
-        token, or ended at it, the prompt is in the prefix cache for the others: they wait for that."""
+        """Begins choices, each with what is to be sent at once of what was made elsewhere. Once the first has a token,
+        or ended without one, the prompt is in the prefix cache for the others: they wait for that."""
         while len(self.choices) < len(self._indices):
             lead = self._lead
             if lead is not None and not (lead.drawn or lead.done):
