@@ -196,6 +196,7 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
         self.starts: list[Any] = []  # of output checks
         self.redacts = False  # replaces `private` in prompts
         self.fast = False  # releases all, and blocks one text late
+        self.ahead = False  # releases all, and judges it only where nothing follows
 
     async def CheckInput(self, request: Any, context: Any) -> Any:
         self.inputs.append(request)
@@ -235,8 +236,21 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
                 verdict.categories.append(f"{self.stops}.word")
                 verdict.char_start = whole.index(self.stops)
                 released = before if self.fast else verdict.char_start
+            if self.ahead:
+                ahead = pb.Verdict(action=pb.Verdict.ACTION_ALLOW, policy_version=self.policy)
+                yield guard_pb2.CheckOutputResponse(
+                    released_chars=len(whole), verdict=ahead, taken_chars=len(whole), judged_chars=0
+                )
+                continue
             yield guard_pb2.CheckOutputResponse(
                 released_chars=released, verdict=verdict, final=request.text.last, taken_chars=len(whole)
+            )
+        if self.ahead:
+            yield guard_pb2.CheckOutputResponse(
+                released_chars=len(whole),
+                verdict=verdict,
+                taken_chars=len(whole),
+                judged_chars=verdict.char_start if verdict.categories else len(whole),
             )
 
 

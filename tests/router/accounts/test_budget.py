@@ -185,12 +185,40 @@ class TestSpent:
         assert (line["billed_tokens"], line["cost_micros"]) == (BUDGET, BUDGET)
         assert mesh.cache.calls == ["look_up", "release"]
 
-    async def test_a_whole_answer_ends_alike(self, mesh: Any, state: Redis) -> None:
+    async def test_a_whole_answer_is_as_much_of_it_as_was_paid_for_and_says_so(self, mesh: Any, state: Redis) -> None:
+        request = inference_pb2.GenerateRequest(generation=mesh.generation(sampling={"max_tokens": 5000}))
+        with capture_logs() as lines:
+            whole = await mesh.stub.Generate(request, metadata=mesh.metadata)
+            await until(lambda: any(line["event"] == "request" for line in lines))
+        (choice,) = whole.choices
+        assert (choice.text, choice.finish_reason) == ("x" * (BUDGET - 7), pb.FINISH_REASON_BUDGET_SPENT)
+        assert (whole.usage.completion_tokens, whole.end.cost_micros) == (BUDGET - 7, BUDGET)
+        (line,) = (line for line in lines if line["event"] == "request")
+        assert (line["outcome"], line["limit"]) == (Reason.BUDGET_SPENT, "micros_per_day")
+        await until_settled(state)
+        assert await charged(state) == BUDGET
+        assert mesh.cache.calls == ["look_up", "release"]
+
+    async def test_a_whole_answer_without_a_token_is_an_error(self, mesh: Any) -> None:
+        self.in_messages_of(mesh, 2000)
         request = inference_pb2.GenerateRequest(generation=mesh.generation(sampling={"max_tokens": 5000}))
         with pytest.raises(grpc.RpcError) as caught:
             await mesh.stub.Generate(request, metadata=mesh.metadata)
         error = from_rpc_error(caught.value)
-        assert (error.reason, error.metadata["completion_tokens"]) == (Reason.BUDGET_SPENT, str(BUDGET - 7))
+        assert (error.reason, error.metadata["completion_tokens"]) == (Reason.BUDGET_SPENT, "0")
+        assert error.retry_after is not None
+
+    async def test_text_that_went_out_before_it_was_judged_is_judged_though_the_budget_is_spent(
+        self, mesh: Any, state: Redis
+    ) -> None:
+        mesh.guard.ahead = True
+        for worker in mesh.workers:
+            worker.pieces[BUDGET - 8] = "secret"
+        request = inference_pb2.GenerateRequest(generation=mesh.generation(sampling={"max_tokens": 5000}))
+        whole = await mesh.stub.Generate(request, metadata=mesh.metadata)
+        (choice,) = whole.choices
+        assert (choice.text, choice.finish_reason) == ("x" * (BUDGET - 8), pb.FINISH_REASON_CONTENT_FILTER)
+        assert list(whole.end.output_verdicts[0].categories) == ["secret.word"]
         await until_settled(state)
         assert await charged(state) == BUDGET
 

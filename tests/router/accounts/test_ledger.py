@@ -15,7 +15,7 @@ from redis.crc import key_slot
 
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.router.accounts.ledger import SLICE
-from meshlm.router.accounts.limits import Kind, Usage
+from meshlm.router.accounts.limits import CONFIGURED, Kind, Usage
 from meshlm.router.accounts.reservation import Reservation
 from meshlm.router.config import LimitConfig, TenantConfig
 from tests.router.book import PRICE, Book, key, until
@@ -118,7 +118,7 @@ async def test_a_refusal_by_one_limit_takes_nothing_from_the_others(state: Redis
 
 
 async def test_each_limit_refuses_by_its_own_name_and_the_longest_wait_is_told(state: Redis) -> None:
-    for kind in Kind:
+    for kind in CONFIGURED:
         await state.flushall()
         amount = 2 if kind in (Kind.REQUESTS, Kind.STREAMS) else 250
         book = Book(state, key(**{kind: amount}))
@@ -295,13 +295,13 @@ async def one_node_cluster(folder: Path) -> AsyncIterator[Redis]:
 
 
 async def test_all_limits_of_a_request_are_in_one_slot_of_a_cluster(tmp_path: Path) -> None:
-    every = {str(kind): 10_000 for kind in Kind}
+    every = {str(kind): 10_000 for kind in CONFIGURED}
     holder = key(model_limits={"m{x}": LimitConfig(**every)}, **every)
     tenant = TenantConfig(model_limits={"m{x}": LimitConfig(**every)}, **every)
     async with one_node_cluster(tmp_path) as client:
         book = Book(client, holder, tenants={"t": tenant}, prices={"m{x}": PRICE})
         reservation = await book.reserve(10, 300, model="m{x}")
-        assert (reservation.mode, len(reservation.terms.limits)) == ("shared", 4 * len(Kind))
+        assert (reservation.mode, len(reservation.terms.limits)) == ("shared", 4 * len(CONFIGURED))
         await book.ledger.extend(reservation, Usage(10, completion=200), 300)
         assert await book.ledger.settle(reservation, Usage(10, completion=250))
         names = [name async for name in client.scan_iter()]

@@ -76,7 +76,7 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """The whole answer at once.
+        """The whole answer at once. Where a limit cuts it, what was paid for is the answer, with finish reason BUDGET_SPENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +97,7 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExplainRoute(self, request, context):
-        """What would happen to a request of this key, and why, without running it: nothing is counted, reserved or computed.
+        """What would happen to a request of this key, and why, without running it: nothing is reserved or computed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

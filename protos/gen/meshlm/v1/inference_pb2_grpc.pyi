@@ -33,7 +33,7 @@ class InferenceServiceStub:
         meshlm.v1.inference_pb2.GenerateRequest,
         meshlm.v1.inference_pb2.GenerateResponse,
     ]
-    """The whole answer at once."""
+    """The whole answer at once. Where a limit cuts it, what was paid for is the answer, with finish reason BUDGET_SPENT."""
 
     ListModels: grpc.UnaryUnaryMultiCallable[
         meshlm.v1.inference_pb2.ListModelsRequest,
@@ -51,7 +51,7 @@ class InferenceServiceStub:
         meshlm.v1.inference_pb2.ExplainRouteRequest,
         meshlm.v1.inference_pb2.ExplainRouteResponse,
     ]
-    """What would happen to a request of this key, and why, without running it: nothing is counted, reserved or computed."""
+    """What would happen to a request of this key, and why, without running it: nothing is reserved or computed."""
 
 class InferenceServiceAsyncStub:
     """Generates text. Errors are gRPC statuses with google.rpc.ErrorInfo (domain `meshlm`); reasons are listed in docs/errors.md.
@@ -68,7 +68,7 @@ class InferenceServiceAsyncStub:
         meshlm.v1.inference_pb2.GenerateRequest,
         meshlm.v1.inference_pb2.GenerateResponse,
     ]
-    """The whole answer at once."""
+    """The whole answer at once. Where a limit cuts it, what was paid for is the answer, with finish reason BUDGET_SPENT."""
 
     ListModels: grpc.aio.UnaryUnaryMultiCallable[
         meshlm.v1.inference_pb2.ListModelsRequest,
@@ -86,7 +86,7 @@ class InferenceServiceAsyncStub:
         meshlm.v1.inference_pb2.ExplainRouteRequest,
         meshlm.v1.inference_pb2.ExplainRouteResponse,
     ]
-    """What would happen to a request of this key, and why, without running it: nothing is counted, reserved or computed."""
+    """What would happen to a request of this key, and why, without running it: nothing is reserved or computed."""
 
 class InferenceServiceServicer(metaclass=abc.ABCMeta):
     """Generates text. Errors are gRPC statuses with google.rpc.ErrorInfo (domain `meshlm`); reasons are listed in docs/errors.md.
@@ -107,7 +107,7 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: meshlm.v1.inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> typing.Union[meshlm.v1.inference_pb2.GenerateResponse, collections.abc.Awaitable[meshlm.v1.inference_pb2.GenerateResponse]]:
-        """The whole answer at once."""
+        """The whole answer at once. Where a limit cuts it, what was paid for is the answer, with finish reason BUDGET_SPENT."""
 
     @abc.abstractmethod
     def ListModels(
@@ -131,6 +131,6 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: meshlm.v1.inference_pb2.ExplainRouteRequest,
         context: _ServicerContext,
     ) -> typing.Union[meshlm.v1.inference_pb2.ExplainRouteResponse, collections.abc.Awaitable[meshlm.v1.inference_pb2.ExplainRouteResponse]]:
-        """What would happen to a request of this key, and why, without running it: nothing is counted, reserved or computed."""
+        """What would happen to a request of this key, and why, without running it: nothing is reserved or computed."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

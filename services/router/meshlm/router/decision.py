@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from opentelemetry.trace import Span
 
 from meshlm.chassis.telemetry import Name
+from meshlm.router.accounts.limits import Kind
 from meshlm.router.replicas.choosing import Candidate, Choice, Exclusion
 from meshlm.router.work import Work
 from meshlm.v1 import inference_pb2 as pb
@@ -69,3 +72,16 @@ def annotate(span: Span, choice: Choice) -> None:
     span.set_attribute(Name.ROUTING_CACHED, [candidate.cached for candidate in shown])
     excluded = [f"{exclusion.replica.name}: {exclusion.reason}" for exclusion in choice.excluded[:_MOST]]
     span.set_attribute(Name.ROUTING_EXCLUDED, excluded)
+
+
+def limits_of(left: Mapping[Kind, int]) -> pb.LimitState:
+    """What is left of each limit, as a stream's start tells it."""
+    return pb.LimitState(
+        requests_remaining=left.get(Kind.REQUESTS),
+        tokens_remaining=left.get(Kind.TOKENS),
+        prompt_tokens_remaining=left.get(Kind.PROMPT),
+        completion_tokens_remaining=left.get(Kind.COMPLETION),
+        streams_remaining=left.get(Kind.STREAMS),
+        day_micros_remaining=left.get(Kind.DAY),
+        month_micros_remaining=left.get(Kind.MONTH),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
 import structlog
@@ -14,13 +14,15 @@ from opentelemetry import trace
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.telemetry import Name, span
 from meshlm.router.accounts.budget import Budget
+from meshlm.router.accounts.inquiries import Inquiries
 from meshlm.router.accounts.ledger import Ledger
-from meshlm.router.accounts.limits import Kind, LimitBook
+from meshlm.router.accounts.limits import LimitBook
 from meshlm.router.answers import Answers, Lookup
 from meshlm.router.config import RouterConfig
-from meshlm.router.decision import annotate, routing_of
+from meshlm.router.decision import annotate, limits_of, routing_of
 from meshlm.router.explain import Explainer
 from meshlm.router.guarding.guards import Guards
+from meshlm.router.guarding.window import OutputWindow
 from meshlm.router.record import Recorder
 from meshlm.router.replicas.fleet import Fleet
 from meshlm.router.replicas.overload import Overload
@@ -60,6 +62,7 @@ class Pipeline:
         self._config = config
         self._ledger = ledger
         self._book = LimitBook(config)
+        self.inquiries = Inquiries(config, ledger)
         self._fleet = fleet
         self.residency = Residency(config)
         self.routes = Routes(config, fleet)
@@ -252,15 +255,14 @@ class Pipeline:
             call = await dispatching
             await window.open()
             budget = await self._open_budget(work)
+            spent = False
             yield self._tell(work, start=self._start(work))
             async with contextlib.aclosing(window.through(call.messages())) as events:
                 async for event in events:
                     if isinstance(event, pb.Chunk):
-                        if not (budget.covers(after := work.after(event)) or await budget.secure(after)):
-                            work.output_verdicts = window.verdicts()
-                            for response in self._cut(work):
-                                yield response
-                            raise budget.error(work.billed)
+                        spent = not (budget.covers(after := work.after(event)) or await budget.secure(after))
+                        if spent:
+                            break
                         work.note(event)
                         yield self._tell(work, chunk=event)
                     elif isinstance(event, inference_pb2.Moderation):
@@ -269,6 +271,10 @@ class Pipeline:
                         work.note_worker(event)
                     if work.complete and window.blocked:
                         break  # the worker does not know that nobody wants the rest
+            if spent:
+                async for response in self._cut(work, window):
+                    yield response
+                raise budget.error(work.billed)
             work.output_verdicts, work.judged = window.verdicts(), window.judged
             yield self._tell(work, end=self._end(work))
             await window.finish()
@@ -294,12 +300,20 @@ class Pipeline:
         await budget.accept(work.charged(0))
         return budget
 
-    def _cut(self, work: Work) -> Iterator[Response]:
+    async def _cut(self, work: Work, window: OutputWindow) -> AsyncGenerator[Response, None]:
         """The last messages of a stream that went as far as its limits let it."""
+        async for event in window.rest():
+            if isinstance(event, pb.Chunk):
+                event.token_offset = work.end_of(event.choice)  # the window's last message was not sent
+                work.note(event)
+                yield self._tell(work, chunk=event)
+            elif isinstance(event, inference_pb2.Moderation):
+                yield self._tell(work, moderation=event)
+        work.output_verdicts = window.verdicts()
         for choice in range(work.choices):
             if choice not in work.finishes:
-                offset = work.ends.get(choice, work.progress[choice].resume_from)
-                chunk = pb.Chunk(choice=choice, token_offset=offset, finish_reason=pb.FINISH_REASON_BUDGET_SPENT)
+                cut = pb.FINISH_REASON_BUDGET_SPENT
+                chunk = pb.Chunk(choice=choice, token_offset=work.end_of(choice), finish_reason=cut)
                 work.note(chunk)
                 yield self._tell(work, chunk=chunk)
         yield self._tell(work, end=self._end(work))
@@ -326,17 +340,7 @@ class Pipeline:
         if (admission := admission_of(work)) is not None:
             start.admission.MergeFrom(admission)
         if work.reservation is not None and (left := work.reservation.left):
-            start.limits.MergeFrom(
-                inference_pb2.LimitState(
-                    requests_remaining=left.get(Kind.REQUESTS),
-                    tokens_remaining=left.get(Kind.TOKENS),
-                    prompt_tokens_remaining=left.get(Kind.PROMPT),
-                    completion_tokens_remaining=left.get(Kind.COMPLETION),
-                    streams_remaining=left.get(Kind.STREAMS),
-                    day_micros_remaining=left.get(Kind.DAY),
-                    month_micros_remaining=left.get(Kind.MONTH),
-                )
-            )
+            start.limits.MergeFrom(limits_of(left))
         return start
 
     def _end(self, work: Work) -> inference_pb2.StreamEnd:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 import grpc
 
 from meshlm.chassis.calls import outgoing_metadata, request_id, seconds_left
-from meshlm.chassis.errors import from_rpc_error
+from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.chassis.telemetry import current_trace_id
 from meshlm.chassis.validation import check_input
 from meshlm.router.config import KeyConfig, RouterConfig
@@ -52,14 +52,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
         stream = pb.StreamGenerateRequest(generation=request.generation)
         whole = _Whole()
-        async with contextlib.aclosing(self.StreamGenerate(stream, context)) as responses:
-            async for response in responses:
-                whole.add(response)
+        try:
+            async with contextlib.aclosing(self.StreamGenerate(stream, context)) as responses:
+                async for response in responses:
+                    whole.add(response)
+        except MeshError as error:
+            if error.reason != Reason.BUDGET_SPENT or not whole.paid:
+                raise  # what a limit cut was paid for, and is given: its finish reason says so
         return whole.response()
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
+        """Of no limit: it is read from memory, and to count it would cost more than to answer it."""
         key = await self._caller(context)
         models = self._fleet.models()
         default = self._config.default_model or (next(iter(models)) if len(models) == 1 else "")
@@ -88,6 +93,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         key = await self._caller(context)
         asked = pb.StreamGenerateRequest(generation=request.generation)
         work = Work.begin(asked, key, (request_id(), current_trace_id()), seconds_left(context), self._config)
+        await self._pipeline.inquiries.admit(key, work.request_id)
         return await self._pipeline.explainer.explain(work)
 
     async def CountTokens(
@@ -96,6 +102,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         key = await self._caller(context)
         check_input(request.input, "input")
         check_size(measured := measure(request.input), self._config, "input")
+        await self._pipeline.inquiries.admit(key, request_id())
         self._pipeline.residency.check(regions := self._pipeline.residency.regions(key))
         generation = Generation(model=request.model, input=request.input)
         query = Query(generation, key, measured.tokens, request_id(), path="model", trial=True)
@@ -117,6 +124,11 @@ class _Whole:
         self._response = pb.GenerateResponse()
         self._texts: dict[int, list[str]] = {}
         self._choices: dict[int, pb.Choice] = {}
+
+    @property
+    def paid(self) -> bool:
+        """Whether some of the answer was billed, and told to its end."""
+        return self._response.HasField("end") and self._response.usage.completion_tokens > 0
 
     def add(self, response: pb.StreamGenerateResponse) -> None:
         self._response.usage.CopyFrom(response.usage)

@@ -237,6 +237,10 @@ class Work:
             timing = message.end.timing
             self.timing.queue, self.timing.prefill, self.timing.decode = timing.queue, timing.prefill, timing.decode
 
+    def end_of(self, choice: int) -> int:
+        """Offset after the last of its tokens that went out."""
+        return self.ends.get(choice, self.progress[choice].resume_from)
+
     def after(self, chunk: pb.Chunk) -> Usage:
         """What will have gone out with this chunk."""
         return self.charged(self.sent + self._more(chunk))

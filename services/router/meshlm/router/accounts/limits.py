@@ -15,7 +15,7 @@ _MINUTE_US = 60_000_000
 
 
 class Kind(StrEnum):
-    """What a limit counts; the name is its field in the configuration."""
+    """What a limit counts; the name is its field in the configuration, but for the last."""
 
     REQUESTS = "requests_per_minute"
     TOKENS = "tokens_per_minute"
@@ -24,6 +24,8 @@ class Kind(StrEnum):
     STREAMS = "concurrent_streams"
     DAY = "micros_per_day"
     MONTH = "micros_per_month"
+    # No field: as many as requests, of what makes no answer.
+    INQUIRIES = "inquiries_per_minute"
 
     @property
     def money(self) -> bool:
@@ -33,6 +35,10 @@ class Kind(StrEnum):
     def form(self) -> str:
         """How the ledger counts it: `rate` (GCRA over a minute), `streams` (leases), `day` or `month` (UTC)."""
         return {Kind.STREAMS: "streams", Kind.DAY: "day", Kind.MONTH: "month"}.get(self, "rate")
+
+
+# Those that are fields of the configuration.
+CONFIGURED = tuple(kind for kind in Kind if kind is not Kind.INQUIRIES)
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class Terms:
     def line(self, limit: Limit, usage: Usage, weight: float) -> Line:
         """What this limit is charged for a prompt, and for each token that follows."""
         match limit.kind:
-            case Kind.REQUESTS:
+            case Kind.REQUESTS | Kind.INQUIRIES:
                 return Line(1, 0)
             case Kind.TOKENS:
                 return Line(weight * usage.prompt, weight)
@@ -146,6 +152,13 @@ class LimitBook:
             known = self._known[place] = (key, tuple(self._limits(key, model)))
         return Terms(key.tenant, known[1], self._prices.get(model), max(1.0, weight))
 
+    def inquiry_terms(self, key: KeyConfig) -> Terms:
+        """The terms of one question of this key that makes no answer."""
+        limits = list(_of(key, "key", key.id, "", key.tenant, inquiries=True))
+        if (tenant := self._tenants.get(key.tenant)) is not None:
+            limits += _of(tenant, "tenant", key.tenant, "", key.tenant, inquiries=True)
+        return Terms(key.tenant, tuple(limits))
+
     def _limits(self, key: KeyConfig, model: str) -> Iterator[Limit]:
         yield from _of(key, "key", key.id, "", key.tenant)
         if model in key.model_limits:
@@ -157,10 +170,12 @@ class LimitBook:
                 yield from _of(tenant.model_limits[model], "tenant", key.tenant, model, key.tenant)
 
 
-def _of(config: LimitConfig, holder: str, holder_id: str, model: str, tenant: str) -> Iterator[Limit]:
+def _of(
+    config: LimitConfig, holder: str, holder_id: str, model: str, tenant: str, *, inquiries: bool = False
+) -> Iterator[Limit]:
     # One hash slot a tenant: one script looks at the limits of a key and of its tenant together.
     place = f"meshlm:{{{tenant}}}:{holder}" + (f":{holder_id}" if holder == "key" else "")
-    for kind in Kind:
-        if amount := getattr(config, kind):
+    for kind in (Kind.INQUIRIES,) if inquiries else CONFIGURED:
+        if amount := getattr(config, Kind.REQUESTS if inquiries else kind):
             state = f"{place}:{kind}" + (f":{model}" if model else "")
             yield Limit(kind, amount, holder, holder_id, model, state)

@@ -62,6 +62,7 @@ class _Held:
     sent: int = 0  # characters that went out, as received
     next_token: int = 0  # offset after the last token that went out
     checked: int = 0  # the last check_offset told
+    ahead: bool = False  # the guard tells how far it judged: text may go out before that
 
     @property
     def owed(self) -> bool:
@@ -131,6 +132,20 @@ class OutputWindow:
                 await _cancel(reading)
         if failure is not None:
             raise failure
+
+    async def rest(self) -> AsyncGenerator[Event, None]:
+        """After an answer was cut and `through` was left: what the guard still says of text that went out before it was
+        judged. Nothing more of the answer goes out. Raises MeshError GUARD_UNAVAILABLE."""
+        for held in self._held.values():
+            held.chunks.clear()
+        unjudged = [held for held in self._held.values() if held.ahead and not held.blocked]
+        if not self._open or not any(held.sent > held.judged for held in unjudged):
+            return
+        await self._end()
+        while self._owed():
+            await self._wait(None)
+            for event in self._hear():
+                yield event
 
     @property
     def judged(self) -> bool:
@@ -214,7 +229,8 @@ class OutputWindow:
         held = self._held.get(response.choice)
         if held is None:
             raise _nonsense()
-        judged = response.judged_chars if response.HasField("judged_chars") else held.judged
+        held.ahead = response.HasField("judged_chars")
+        judged = response.judged_chars if held.ahead else held.judged
         for before, now in ((held.released, response.released_chars), (held.taken, response.taken_chars)):
             if not before <= now <= held.chars:
                 raise _nonsense()
