@@ -65,13 +65,16 @@ def exclusion_of(exclusion: Exclusion) -> pb.Candidate:
 
 def annotate(span: Span, choice: Choice) -> None:
     """The choice, as attributes of the request's span."""
-    span.set_attribute(Name.CANDIDATES, [replica.name for replica in choice.replicas])
-    span.set_attribute(Name.ROUTING_REASON, choice.reason)
-    shown = choice.candidates[:_MOST]
-    span.set_attribute(Name.ROUTING_SECONDS, [round(candidate.seconds, 6) for candidate in shown])
-    span.set_attribute(Name.ROUTING_CACHED, [candidate.cached for candidate in shown])
-    excluded = [f"{exclusion.replica.name}: {exclusion.reason}" for exclusion in choice.excluded[:_MOST]]
-    span.set_attribute(Name.ROUTING_EXCLUDED, excluded)
+    shown, excluded = choice.candidates[:_MOST], choice.excluded[:_MOST]
+    span.set_attributes(
+        {
+            Name.CANDIDATES: [replica.name for replica in choice.replicas],
+            Name.ROUTING_REASON: choice.reason,
+            Name.ROUTING_SECONDS: [round(candidate.seconds, 6) for candidate in shown],
+            Name.ROUTING_CACHED: [candidate.cached for candidate in shown],
+            Name.ROUTING_EXCLUDED: [f"{exclusion.replica.name}: {exclusion.reason}" for exclusion in excluded],
+        }
+    )
 
 
 def limits_of(left: Mapping[Kind, int]) -> pb.LimitState:

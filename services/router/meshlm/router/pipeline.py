@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Coroutine
 from typing import Any, TypeVar
 
 import structlog
@@ -17,6 +17,7 @@ from meshlm.router.accounts.budget import Budget
 from meshlm.router.accounts.inquiries import Inquiries
 from meshlm.router.accounts.ledger import Ledger
 from meshlm.router.accounts.limits import LimitBook
+from meshlm.router.accounts.reservation import Reservation
 from meshlm.router.answers import Answers, Lookup
 from meshlm.router.config import RouterConfig
 from meshlm.router.decision import annotate, limits_of, routing_of
@@ -98,7 +99,7 @@ class Pipeline:
             await self._admit(work)
             self._vigilance.read(work)
             await self._choose(work)
-            screening = asyncio.create_task(self._screen(work))
+            screening = self._begin_screening(work)
             try:
                 if self._guards.comes_first(work.key):
                     await screening  # its policy may change the input: nobody sees it before
@@ -176,20 +177,26 @@ class Pipeline:
         with span("router.admit", attributes) as current:
             # The request's own id may be sent twice by a caller: a reservation is of this call alone.
             identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
-            reserving = asyncio.ensure_future(
-                self._ledger.reserve(identifier, work.terms, prompt, work.completion_at_most)
-            )
-            try:
-                work.reservation = await asyncio.shield(reserving)
-            except asyncio.CancelledError:
-                # Redis goes on with the script: what it takes must be known, to be given back.
-                with contextlib.suppress(MeshError):
-                    work.reservation = await reserving
-                raise
+            asking = self._ledger.reserve(identifier, work.terms, prompt, work.completion_at_most)
+            if work.terms.limits:
+                await self._reserve(work, asking)
+            else:
+                work.reservation = await asking  # asks nobody
+            assert work.reservation is not None  # noqa: S101
             current.set_attribute(Name.LEDGER_MODE, work.reservation.mode)
             if not work.reservation.endless:
                 current.set_attribute(Name.TOKENS_RESERVED, prompt + work.reservation.granted)
         work.timing.admit = work.elapsed()
+
+    async def _reserve(self, work: Work, asking: Coroutine[Any, Any, Reservation]) -> None:
+        reserving = asyncio.ensure_future(asking)
+        try:
+            work.reservation = await asyncio.shield(reserving)
+        except asyncio.CancelledError:
+            # Redis goes on with the script: what it takes must be known, to be given back.
+            with contextlib.suppress(MeshError):
+                work.reservation = await reserving
+            raise
 
     async def _choose(self, work: Work) -> None:
         while True:
@@ -201,6 +208,13 @@ class Pipeline:
                     raise
         annotate(trace.get_current_span(), work.choice)
 
+    def _begin_screening(self, work: Work) -> asyncio.Future[pb.Verdict | None]:
+        if self._guards.present:
+            return asyncio.create_task(self._screen(work))
+        nothing: asyncio.Future[pb.Verdict | None] = asyncio.get_running_loop().create_future()
+        nothing.set_result(None)
+        return nothing
+
     async def _screen(self, work: Work) -> pb.Verdict | None:
         begun = time.perf_counter()
         text = await token_text(work)
@@ -209,10 +223,10 @@ class Pipeline:
         )
         work.timing.guard = time.perf_counter() - begun
         if screened.redacted is not None:
-            work.generation.input.CopyFrom(screened.redacted)
+            work.redact(screened.redacted)
         return screened.verdict
 
-    async def _look_up(self, work: Work, screening: asyncio.Task[pb.Verdict | None]) -> None:
+    async def _look_up(self, work: Work, screening: asyncio.Future[pb.Verdict | None]) -> None:
         """Leaves an answer in `work.lookup` only if its input passes the guard now, under the policy it was made."""
         if work.resumed:
             return  # chunk boundaries differ between runs: only the worker can cut an answer at a token
@@ -244,15 +258,17 @@ class Pipeline:
             end.cost_micros = cost
         yield Response(end=end, usage=work.usage)
 
-    async def _generate(self, work: Work, screening: asyncio.Task[pb.Verdict | None]) -> AsyncGenerator[Response, None]:
+    async def _generate(
+        self, work: Work, screening: asyncio.Future[pb.Verdict | None]
+    ) -> AsyncGenerator[Response, None]:
         # Prefill and guard run at the same time; nothing leaves before the verdict.
         self._prover.sample(work)
-        dispatching = asyncio.create_task(self._dispatch(work))
+        dispatching = asyncio.create_task(self._dispatch(work)) if not screening.done() else None
         window = self._guards.open_output(work.request_id, work.key, work.generation.input, work.wording().canaries)
         call: LastingCall | None = None
         try:
             work.input_verdict = await screening
-            call = await dispatching
+            call = await (dispatching or self._dispatch(work))
             await window.open()
             budget = await self._open_budget(work)
             spent = False
@@ -280,7 +296,8 @@ class Pipeline:
             await window.finish()
         finally:
             window.close()
-            call = call or await _abandon(dispatching)
+            if call is None and dispatching is not None:
+                call = await _abandon(dispatching)
             if call is not None:
                 await call.close()
 
@@ -387,7 +404,7 @@ def _policy(verdict: pb.Verdict | None) -> str:
     return verdict.policy_version if verdict is not None else ""
 
 
-async def _abandon(task: asyncio.Task[T]) -> T | None:
+async def _abandon(task: asyncio.Future[T]) -> T | None:
     """End a task whose result may no longer be wanted; its result, if it had one by then."""
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError, Exception):

@@ -77,7 +77,7 @@ class Work:
     ends: dict[int, int] = field(default_factory=dict)  # by choice: offset after the last token that went out
     sent: int = 0  # completion tokens that went out, over all choices
     completion_limit: int = 0  # most tokens a choice can get, after the context's limit; 0 until a worker said so
-    _worded: tuple[pb.Input, Wording] | None = None  # of this input
+    _wording: Wording | None = None  # of this input
     outcome: str = "cancelled"  # until something else is known: complete, or the reason of the error
 
     @classmethod
@@ -89,18 +89,18 @@ class Work:
         seconds: float | None,
         config: RouterConfig,
     ) -> Work:
-        """Check the request and fill in defaults. `ids` are those of request and trace.
+        """Check the request and fill in defaults: it is the pipeline's own from now on. `ids` are those of request and
+        trace.
 
         Raises MeshError REQUEST_INVALID or KEY_NOT_ALLOWED.
         """
-        generation = pb.Generation()
-        generation.CopyFrom(request.generation)
+        generation = request.generation  # as large as a prompt may be: not copied
         check_generation(generation)
         measured = measure(generation.input)
         _check_permissions(generation, key, measured, config)
         _check_resume(request, generation)
-        if (worded := word(generation.input, key)).name:
-            measured = replace(measured, tokens=measure(worded.source).tokens)
+        if (wording := word(generation.input, key)).name:
+            measured = replace(measured, tokens=measure(wording.source).tokens)
         if not generation.sampling.HasField("max_tokens"):
             generation.sampling.max_tokens = max(config.default_max_tokens, generation.sampling.min_tokens)
         # The key's priority is the default and the most urgent that it may ask for; a larger number is less urgent.
@@ -118,6 +118,7 @@ class Work:
             measure=measured,
             started=now,
             deadline=now + limit,
+            _wording=wording,
         )
 
     @property
@@ -200,11 +201,14 @@ class Work:
 
     def wording(self) -> Wording:
         """The input as the model gets to read it; the same however often it is asked for."""
-        if self._worded is None or self._worded[0] != self.generation.input:
-            read = pb.Input()
-            read.CopyFrom(self.generation.input)  # what is redacted is replaced in place
-            self._worded = read, word(read, self.key)
-        return self._worded[1]
+        if self._wording is None:
+            self._wording = word(self.generation.input, self.key)
+        return self._wording
+
+    def redact(self, source: pb.Input) -> None:
+        """From now on this is the input."""
+        self.generation.input.CopyFrom(source)
+        self._wording = None
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started

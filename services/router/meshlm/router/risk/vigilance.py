@@ -53,11 +53,15 @@ class Vigilance:
             caller = Caller(work.key.tenant, work.key.id, work.generation.model)
             identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
             place = self._scorer.place(work)
-            standing = await self._standings.look(caller, identifier, place or caller.no_score)
-            found = self._assess(work, caller, identifier, standing, place, shadow=mode == "shadow")
+            looking = asyncio.ensure_future(self._standings.look(caller, identifier, place or caller.no_score))
+            try:
+                await asyncio.sleep(0)  # it is asked now, and answers while the prompt is read here
+                estimate = self._estimate(work)
+                standing = await looking
+            finally:
+                looking.cancel()
+            found = self._assess(work, caller, identifier, standing, place, estimate, shadow=mode == "shadow")
             surprise, of_prompt = found.surprise, self._risk_of(found.surprise)
-            if surprise is not None:
-                self._surprises.record(surprise.nats, {"source": "model" if surprise.by_model else "ngram"})
             current.set_attributes(
                 {
                     Name.RISK_CALLER: standing.risk,
@@ -70,8 +74,6 @@ class Vigilance:
                     Name.BREAKER_ROUTE: standing.route,
                 }
             )
-            self._risks.record(standing.risk, {"source": "caller"})
-            self._risks.record(of_prompt, {"source": "prompt"})
             if not standing.passes:
                 self._refusals.add(1, {Name.TENANT: caller.tenant, Name.RISK_SHADOW: found.shadow})
             self._follow(work, found)
@@ -83,13 +85,22 @@ class Vigilance:
             return
         caller, place = Caller(work.key.tenant, work.key.id, work.generation.model), self._scorer.place(work)
         standing = await self._standings.peek(caller, place or caller.no_score)
-        self._follow(work, self._assess(work, caller, "", standing, place, shadow=mode == "shadow"))
+        estimate = self._estimate(work)
+        self._follow(work, self._assess(work, caller, "", standing, place, estimate, shadow=mode == "shadow"))
 
     def _assess(
-        self, work: Work, caller: Caller, identifier: str, standing: Standing, place: str, *, shadow: bool
+        self,
+        work: Work,
+        caller: Caller,
+        identifier: str,
+        standing: Standing,
+        place: str,
+        estimate: Surprise | None,
+        *,
+        shadow: bool,
     ) -> Assessment:
         """Sets `work.assessment`."""
-        surprise = self._surprise(work, standing)
+        surprise = self._surprise(standing, estimate)
         risk = max(standing.risk, self._risk_of(surprise))
         weight = MOST if standing.route is not State.CLOSED else weight_of(risk)
         work.assessment = Assessment(caller, identifier, shadow, standing, place, surprise, risk, weight)
@@ -124,7 +135,10 @@ class Vigilance:
     async def note(self, work: Work) -> None:
         """The request is over: what it says of its caller counts for the next ones."""
         found = work.assessment
-        if found is None or found.refused:
+        if found is None:
+            return
+        self._measure(found)
+        if found.refused:
             return
         found.noted = True
         seen = guard_risk(work)
@@ -149,10 +163,19 @@ class Vigilance:
                     shadow=found.shadow,
                 )
 
-    def _surprise(self, work: Work, standing: Standing) -> Surprise | None:
+    def _measure(self, found: Assessment) -> None:
+        """What was thought of it at first; told at its end, when nobody waits for it."""
+        if (surprise := found.surprise) is not None:
+            self._surprises.record(surprise.nats, {"source": "model" if surprise.by_model else "ngram"})
+        self._risks.record(found.standing.risk, {"source": "caller"})
+        self._risks.record(self._risk_of(found.surprise), {"source": "prompt"})
+
+    def _estimate(self, work: Work) -> Surprise | None:
+        return self._estimator.surprise(text_of(work.generation.input), self._config.entropy.tokens)
+
+    def _surprise(self, standing: Standing, estimate: Surprise | None) -> Surprise | None:
         """The riskier of the estimate and what a model said of this prompt before: one sees noise, one suffixes."""
         known = self._scorer.recall(standing.score) if standing.score else None
-        estimate = self._estimator.surprise(text_of(work.generation.input), self._config.entropy.tokens)
         return max(known, estimate, key=self._risk_of) if known is not None else estimate
 
     def _risk_of(self, surprise: Surprise | None) -> float:

@@ -16,7 +16,7 @@ from opentelemetry.trace import Span, SpanKind
 
 from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
-from meshlm.chassis.telemetry import Name, fail, tracer
+from meshlm.chassis.telemetry import Name, fail, meter, tracer
 from meshlm.router.replicas.fleet import Fleet
 from meshlm.router.replicas.overload import Overload, urgency_of
 from meshlm.router.replicas.replica import Attempt, Replica
@@ -95,9 +95,13 @@ class WorkerCall:
         self._watching.cancel()
         self._call.cancel()
         self._attempt.end()
-        self._span.set_attribute(Name.INPUT_TOKENS, usage.prompt_tokens)
-        self._span.set_attribute(Name.CACHED_TOKENS, usage.cached_prompt_tokens)
-        self._span.set_attribute(Name.OUTPUT_TOKENS, usage.completion_tokens)
+        self._span.set_attributes(
+            {
+                Name.INPUT_TOKENS: usage.prompt_tokens,
+                Name.CACHED_TOKENS: usage.cached_prompt_tokens,
+                Name.OUTPUT_TOKENS: usage.completion_tokens,
+            }
+        )
         self._span.end()
         with contextlib.suppress(grpc.RpcError):
             await self._call.code()
@@ -114,6 +118,9 @@ class Dispatcher:
         self._fleet = fleet
         self._overload = overload
         self.retries = retries
+        self.resumes = meter().create_counter(
+            Name.ROUTER_RESUMES, "{resume}", "Streams that went on at another worker, or could not"
+        )
 
     async def first(self, work: Work) -> WorkerCall:
         """Give the request to the best replica, once it has room; if that one cannot take it, to the next.
@@ -190,7 +197,8 @@ def request_of(work: Work) -> worker_pb2.RunGenerationRequest:
         allow_control_tokens=work.key.raw_prompts,
         tenant=work.key.tenant,
     )
-    request.generation.input.CopyFrom(work.wording().source)
+    if work.wording().name:
+        request.generation.input.CopyFrom(work.wording().source)
     request.generation.return_token_ids = True
     ask_to_go_on(request, work.progress, tuple(work.finishes))
     if work.proven and not request.generation.sampling.HasField("logprobs"):

@@ -11,7 +11,7 @@ import structlog
 from opentelemetry import trace
 
 from meshlm.chassis.errors import MeshError, Reason
-from meshlm.chassis.telemetry import Name, meter
+from meshlm.chassis.telemetry import Name
 from meshlm.router.replicas.fleet import Replica
 from meshlm.router.streams.config import StreamsConfig
 from meshlm.router.streams.dispatch import ELSEWHERE, Dispatcher, WorkerCall, request_of
@@ -48,9 +48,6 @@ class LastingCall:
         self._barren = 0
         self._lost: list[Replica] = []
         self._resumes = 0
-        self._counter = meter().create_counter(
-            Name.ROUTER_RESUMES, "{resume}", "Streams that went on at another worker, or could not"
-        )
 
     async def messages(self) -> AsyncIterator[worker_pb2.RunGenerationResponse]:
         """Everything after the acceptance. Raises MeshError where no worker can go on."""
@@ -136,10 +133,10 @@ class LastingCall:
         try:
             self._call = await self._elsewhere(error)
         except MeshError:
-            self._counter.add(1, {"outcome": "lost"})
+            self._dispatcher.resumes.add(1, {"outcome": "lost"})
             raise
         self._resumes += 1
-        self._counter.add(1, {"outcome": "resumed" if self._begun else "retried"})
+        self._dispatcher.resumes.add(1, {"outcome": "resumed" if self._begun else "retried"})
         current = trace.get_current_span()
         current.set_attribute(Name.STREAM_RESUMES, self._resumes)
         current.set_attribute(Name.STREAM_REPLICAS, self._work.replicas)
