@@ -26,8 +26,8 @@ from meshlm.chassis.telemetry import Telemetry
 
 log = structlog.get_logger()
 
-# New objects before the youngest are searched for cycles, and passes before older ones are. Python's own 700 would search
-# a message's few objects again and again: a tenth of a router's time.
+# New objects before the youngest are searched for cycles, and passes before older ones are. Python's own 700 would
+# search a message's few objects again and again: a tenth of a router's time.
 _GC_THRESHOLDS = (10_000, 10, 20)
 
 
