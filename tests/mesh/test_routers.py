@@ -14,18 +14,19 @@ from typing import Any
 import psutil
 import pytest
 
+from meshlm.chassis.channels import open_channel
 from meshlm.chassis.config import ConfigError, Source
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.mesh.client import AsyncMesh, End, Text
 from meshlm.mesh.config import MeshConfig
 from meshlm.mesh.plan import Planner
 from meshlm.mesh.state import StateFolder
-from tests.mesh.test_flows import TWO, Rig, running, until
+from meshlm.v1 import worker_pb2, worker_pb2_grpc
+from tests.mesh.test_flows import ONE, TWO, Rig, running, until
 
 pytestmark = pytest.mark.mesh
 
 SECRET = "0" * 63 + "5"
-ROUTERS = "[mesh]\nrouters = 2\n"
 
 
 @pytest.fixture(autouse=True)
@@ -40,20 +41,23 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def shared(limits: str = "", **more: Any) -> AsyncIterator[Rig]:
-    """A mesh with two routers on one port, and a key with these limits."""
+async def shared(
+    limits: str = "", *, routers: int = 2, workers: str = TWO, before: str = "", **more: Any
+) -> AsyncIterator[Rig]:
+    """A mesh with several routers on one port, and a key with these limits; `before`: more of the routers."""
     digest = hashlib.sha256(SECRET.encode()).hexdigest()
     keys = f'[[router.keys]]\nid = "k"\ntenant = "t"\nsecret_hash = "{digest}"\n{limits}\n'
     listen = f"127.0.0.1:{free_port()}"
-    async with running(ROUTERS + TWO, extra=keys, listen=listen, **more) as rig:
-        for name in ("router", "router-2"):
-            await until(lambda name=name: _knows_workers(rig, name))
+    async with running(f"[mesh]\nrouters = {routers}\n" + workers, extra=before + keys, listen=listen, **more) as rig:
+        for number in range(routers):
+            name = f"router-{number + 1}" if number else "router"
+            await until(lambda name=name: _knows_workers(rig, name, workers.count("[[")))
         yield rig
 
 
-async def _knows_workers(rig: Rig, router: str) -> bool:
+async def _knows_workers(rig: Rig, router: str, count: int) -> bool:
     async with AsyncMesh(rig.mesh.address(router), key=SECRET, deadline=10) as mesh:
-        return any(model.ready_replicas == 2 for model in await mesh.list_models())
+        return any(model.ready_replicas == count for model in await mesh.list_models())
 
 
 async def ask(rig: Rig, text: str, tokens: int = 5) -> list[Any]:
@@ -108,6 +112,85 @@ async def test_routers_started_anew_one_by_one_break_no_stream_and_refuse_nobody
 
 async def _running(rig: Rig, count: int) -> bool:
     return sum([(await rig.load(name)).running for name in ("one", "two")]) >= count
+
+
+def logged(rig: Rig, router: str, event: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in rig.folder.log(router).read_text().splitlines() if line.startswith("{")]
+    return [line for line in lines if line.get("event") == event]
+
+
+async def explained(rig: Rig, router: str) -> Any:
+    """Where a request of this session would go, as a router sees it."""
+    async with AsyncMesh(rig.mesh.address(router), key=SECRET, deadline=10) as mesh:
+        return (await mesh.explain(messages=[("user", "hi")], session="s")).routing
+
+
+EJECTING = "[router.replicas]\neject_failures = 1\neject_seconds = 300.0\n[router.streams]\nresumes = 0\n"
+
+
+async def test_a_worker_that_two_routers_found_failing_is_left_out_by_the_third() -> None:
+    """Its engine is killed by what they send there; the third has sent nothing."""
+    async with shared(routers=3, before=EJECTING, step=0.005) as rig:
+        home = (await explained(rig, "router-3")).replica
+        for router in ("router", "router-2"):
+            await until(lambda router=router: _goes_to(rig, router, home))  # its engine is back
+            async with AsyncMesh(rig.mesh.address(router), key=SECRET, deadline=60) as mesh:
+                with pytest.raises(MeshError) as caught:
+                    await mesh.generate(messages=[("user", "!kill")], session="s", cache="bypass", max_tokens=50)
+            assert caught.value.reason == Reason.ENGINE_LOST
+            await until(lambda router=router: _leaves_out(rig, router, home))  # at a choice, once it is ready again
+        await until(lambda: _leaves_out(rig, "router-3", home))
+        assert not served(rig, "router-3")
+
+
+async def _goes_to(rig: Rig, router: str, worker: str) -> bool:
+    return bool((await explained(rig, router)).replica == worker)
+
+
+async def _leaves_out(rig: Rig, router: str, worker: str) -> bool:
+    considered = (await explained(rig, router)).considered
+    return any((candidate.replica, candidate.excluded) == (worker, "ejected") for candidate in considered)
+
+
+PLACES = "[router.overload]\nfirst_concurrency = 8\nleast_concurrency = 2\nmost_concurrency = 8\n"
+
+
+async def test_two_routers_send_a_worker_no_more_than_one_would() -> None:
+    async with shared('priority = "critical"', workers=ONE, before=PLACES, step=0.01) as rig:
+        for router in ("router", "router-2"):
+            await until(lambda router=router: logged(rig, router, "routers at a worker")[-1]["places"] == 4)
+        asking = asyncio.gather(*(flood(rig, router, 8) for router in ("router", "router-2")))
+        assert await peak(rig, asking) == 8
+        told = len(logged(rig, "router", "routers at a worker"))
+        rig.kill("router-2")
+        await until(lambda: [n["routers"] for n in logged(rig, "router", "routers at a worker")[told:]] == [1, 2])
+        alone = logged(rig, "router", "routers at a worker")[told]
+        assert alone["places"] > 4  # all of what both had learnt
+
+
+async def flood(rig: Rig, router: str, count: int) -> None:
+    """So many requests at once to one of the routers."""
+    async with AsyncMesh(rig.mesh.address(router), key=SECRET, deadline=60) as mesh:
+        asked = (
+            mesh.generate(messages=[("user", f"{router} {n}")], max_tokens=60, cache="bypass", temperature=0.0)
+            for n in range(count)
+        )
+        await asyncio.gather(*asked)
+
+
+async def peak(rig: Rig, work: asyncio.Future[Any]) -> int:
+    """Most sequences that the worker had in its hands while this went on."""
+    channel, most = open_channel(rig.mesh.address("one")), 0
+    call: Any = worker_pb2_grpc.WorkerServiceStub(channel).WatchLoad(  # type: ignore[call-arg]
+        worker_pb2.WatchLoadRequest(watcher="test"), wait_for_ready=True
+    )
+    while not work.done():
+        state = await call.read()
+        most = max(most, state.running + state.waiting)
+    await work
+    call.cancel()
+    await channel.close()
+    return most
 
 
 def test_a_unix_socket_cannot_be_shared(tmp_path: Path) -> None:

@@ -219,6 +219,25 @@ def test_priorities_of_the_contract_are_three_urgencies() -> None:
 # The limit of one worker
 
 
+def test_routers_that_know_nothing_yet_have_together_what_one_would_have() -> None:
+    limit = ConcurrencyLimit(OverloadConfig(first_concurrency=100, least_concurrency=4), Clock())
+    assert limit.value == 100
+    for routers, places in ((3, 33), (50, 4), (1, 100), (0, 100)):  # never below the least; and none of it is lost
+        limit.divide(routers)
+        assert limit.value == places
+
+
+def test_what_was_learnt_is_divided_anew_and_not_forgotten() -> None:
+    limit = ConcurrencyLimit(OverloadConfig(first_concurrency=100, least_concurrency=2), Clock())
+    limit.divide(2)
+    limit.drop(20)  # refused with 20 of this router's there
+    assert limit.value == 18
+    limit.divide(4)
+    assert limit.value == 9
+    limit.divide(1)
+    assert limit.value == 36
+
+
 def worker_of(capacity: int, first: int, seconds: float = 600.0, least: int = 4) -> tuple[ConcurrencyLimit, list[int]]:
     """A limit that follows a worker with so many places: beyond them requests wait, and their first tokens come later.
     Returns it with its value every second."""

@@ -595,7 +595,7 @@ class WatchLoadRequest(google.protobuf.message.Message):
 
     WATCHER_FIELD_NUMBER: builtins.int
     watcher: builtins.str
-    """Name of the watcher, for logs."""
+    """What watches, for logs: `router` is counted in `routers`."""
     def __init__(
         self,
         *,
@@ -695,6 +695,7 @@ class WatchLoadResponse(google.protobuf.message.Message):
     COUNTERS_FIELD_NUMBER: builtins.int
     STEP_SECONDS_FIELD_NUMBER: builtins.int
     TEXT_DIGEST_FIELD_NUMBER: builtins.int
+    ROUTERS_FIELD_NUMBER: builtins.int
     replica: builtins.str
     """Name of the replica, unique in the mesh."""
     region: builtins.str
@@ -725,6 +726,8 @@ class WatchLoadResponse(google.protobuf.message.Message):
     """Bloom filter over the hashes of the cached prompts' text, for whoever has no tokenizer; same format, same place.
     Empty: this worker tells none.
     """
+    routers: builtins.int
+    """Routers that watch this worker now: each takes its share of what the worker can do. 0: this worker does not count."""
     @property
     def model(self) -> global___WorkerModel:
         """What it serves."""
@@ -752,9 +755,10 @@ class WatchLoadResponse(google.protobuf.message.Message):
         counters: global___EngineCounters | None = ...,
         step_seconds: builtins.float = ...,
         text_digest: builtins.bytes = ...,
+        routers: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["counters", b"counters", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "counters", b"counters", "draining", b"draining", "free_blocks", b"free_blocks", "model", b"model", "pending_prefill_tokens", b"pending_prefill_tokens", "prefix_digest", b"prefix_digest", "ready", b"ready", "region", b"region", "replica", b"replica", "running", b"running", "step_seconds", b"step_seconds", "text_digest", b"text_digest", "total_blocks", b"total_blocks", "waiting", b"waiting", "waiting_limit", b"waiting_limit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "counters", b"counters", "draining", b"draining", "free_blocks", b"free_blocks", "model", b"model", "pending_prefill_tokens", b"pending_prefill_tokens", "prefix_digest", b"prefix_digest", "ready", b"ready", "region", b"region", "replica", b"replica", "routers", b"routers", "running", b"running", "step_seconds", b"step_seconds", "text_digest", b"text_digest", "total_blocks", b"total_blocks", "waiting", b"waiting", "waiting_limit", b"waiting_limit"]) -> None: ...
 
 global___WatchLoadResponse = WatchLoadResponse
 

@@ -20,6 +20,7 @@ from meshlm.router.config import RouterConfig
 from meshlm.router.guarding.guards import Guards
 from meshlm.router.identity import KeyRing
 from meshlm.router.pipeline import Pipeline
+from meshlm.router.replicas.ejections import Ejections
 from meshlm.router.replicas.fleet import Fleet
 from meshlm.router.replicas.proof import Prover
 from meshlm.router.replicas.quarantine import Quarantine
@@ -43,6 +44,7 @@ class RouterService:
         self._guards = Guards(config)
         ledger = Ledger(self._redis, config)
         self._quarantine = Quarantine(self._redis, self._fleet, config.proof.quarantine_seconds)
+        self._ejections = Ejections(self._redis, self._fleet, config.replicas)
         self._prover = Prover(config.proof, self._fleet, self._quarantine)
         self._pipeline = Pipeline(
             config,
@@ -65,6 +67,7 @@ class RouterService:
         none gets that as its reason."""
         self._fleet.start()
         self._quarantine.start()
+        self._ejections.start()
         if self._redis is None and any(limits.limited for limits in self._config.all_limits()):
             log.warning("state.redis_url is empty: keys get the emergency share of their limits, from each router")
         await self._fleet.introduced()
@@ -76,6 +79,7 @@ class RouterService:
         await self._pipeline.stop()
         await self._prover.stop()
         await self._quarantine.stop()
+        await self._ejections.stop()
         await self._fleet.stop()
         await self._answers.stop()
         await self._guards.stop()

@@ -93,7 +93,7 @@ def sort_out(
             excluded.append(Exclusion(replica, "not_ready"))
         elif replica.quarantined:
             excluded.append(Exclusion(replica, "quarantined"))
-        elif replica.health.is_ejected(now):
+        elif replica.is_left_out(now):
             excluded.append(Exclusion(replica, "ejected"))
         elif share is not None and not replica.has_room(share):
             excluded.append(Exclusion(replica, "full"))

@@ -4,6 +4,9 @@ After Netflix's Gradient2 (concurrency-limits): a short mean of latency against 
 compared, for they are as long as their answers; so latency here is the time to the first token for each prompt token
 that was computed, and the time for each token after it, whichever got worse. A larger batch makes each token slower and
 the whole faster: so the limit shrinks only while a queue stands at the worker, and never for the batch alone.
+
+What is learnt is what the worker can have from all routers: each uses its part by their number, so that N routers
+which know nothing yet do not send N times as much as one would.
 """
 
 from __future__ import annotations
@@ -61,19 +64,28 @@ class Signal:
 
 
 class ConcurrencyLimit:
-    """For one worker, in one router."""
+    """For one worker, in one of the routers that watch it."""
 
     def __init__(self, config: OverloadConfig, clock: Callable[[], float]) -> None:
         self._config = config
         self._clock = clock
-        self._limit = float(config.first_concurrency)
+        self._whole = float(config.first_concurrency)  # of all routers, if each has as much
+        self._routers = 1
         self._first = Signal()
         self._each = Signal()
         self._stepped = clock()
 
     @property
     def value(self) -> int:
-        return int(self._limit)
+        return int(self._share)
+
+    def divide(self, routers: int) -> None:
+        """So many routers watch the worker now."""
+        self._routers = max(1, routers)
+
+    @property
+    def _share(self) -> float:
+        return self._bounded(self._whole / self._routers)
 
     def note_first(self, seconds: float) -> None:
         """Time to a first token, for each prompt token that was computed."""
@@ -93,14 +105,17 @@ class ConcurrencyLimit:
         gradient = min(self._first.gradient(queued=queued), self._each.gradient(queued=queued))
         if gradient < 1 and not queued:
             return
-        if gradient >= 1 and in_flight < self._limit / 2:
+        if gradient >= 1 and in_flight < self._share / 2:
             return  # it is not what holds anybody back
-        wanted = self._limit * gradient + (_GROWTH if gradient >= 1 else 0)
-        self._set((1 - _SMOOTHING) * self._limit + _SMOOTHING * wanted)
+        wanted = self._share * gradient + (_GROWTH if gradient >= 1 else 0)
+        self._set((1 - _SMOOTHING) * self._share + _SMOOTHING * wanted)
 
     def drop(self, in_flight: int) -> None:
         """The worker refused a request for want of room, with `in_flight` of this router's requests there."""
-        self._set(_DROP * min(self._limit, max(in_flight, self._config.least_concurrency)))
+        self._set(_DROP * min(self._share, max(in_flight, self._config.least_concurrency)))
 
-    def _set(self, limit: float) -> None:
-        self._limit = min(max(limit, self._config.least_concurrency), self._config.most_concurrency)
+    def _set(self, share: float) -> None:
+        self._whole = self._bounded(share) * self._routers
+
+    def _bounded(self, share: float) -> float:
+        return min(max(share, self._config.least_concurrency), self._config.most_concurrency)

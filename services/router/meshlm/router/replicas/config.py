@@ -24,13 +24,18 @@ class ReplicaConfig:
     eject_seconds: float = 5.0
     # Largest share of a model's replicas that may be ejected at a time. Range [0, 1].
     most_ejected: float = 0.5
+    # Routers that must have ejected a replica for all to leave it out, as they tell each other in the store. 1: any one
+    # decides for all; 0: each decides for itself.
+    eject_routers: int = 2
 
     def __post_init__(self) -> None:
         if not 0 < self.eject_share <= 1 or not 0 <= self.most_ejected <= 1:
             raise ValueError("eject_share must be in (0, 1], and most_ejected in [0, 1]")
-        if min(self.hear_seconds, self.slow_start_seconds, self.eject_failures) < 0 or self.eject_seconds <= 0:
+        counts = (self.hear_seconds, self.slow_start_seconds, self.eject_failures, self.eject_routers)
+        if min(counts) < 0 or self.eject_seconds <= 0:
             raise ValueError(
-                "hear_seconds, slow_start_seconds and eject_failures cannot be negative, eject_seconds must be above 0"
+                "hear_seconds, slow_start_seconds, eject_failures and eject_routers cannot be negative, and "
+                "eject_seconds must be above 0"
             )
         if self.eject_slowness and self.eject_slowness <= 1:
             raise ValueError("eject_slowness must be above 1, or 0")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -52,6 +52,7 @@ class Fleet:
         self._deadline: asyncio.TimerHandle | None = None
         self._strangers = set(targets)  # not heard yet
         self._introduced = asyncio.Event()  # every worker was heard once, or had its time
+        self.on_ejection: Callable[[Replica, int, float], None] = lambda replica, replicas, seconds: None
         self._on_news: Callable[[], None] = lambda: None
         self._chance = random.Random()  # noqa: S311  where a request goes is no secret
         self._limits = meter().create_gauge(Name.OVERLOAD_LIMIT, "{request}", "This router's places at a worker")
@@ -161,17 +162,36 @@ class Fleet:
     def _eject(self, model: str, now: float) -> None:
         """Leave out the outliers of a model, as far as that leaves enough of them."""
         peers = [r for r in self.replicas if r.usable and r.state is not None and r.state.model.name == model]
-        sound = [replica for replica in peers if not replica.health.is_ejected(now)]
+        sound = [replica for replica in peers if not replica.is_left_out(now)]
         for replica in list(sound):
             others = [other.health for other in sound if other is not replica]
             cause = fault(replica.health, others, self._config)
             if cause and may_eject(len(peers) - len(sound), len(peers), self._config.most_ejected):
                 sound.remove(replica)
                 replica.health.eject(cause, now, self._config.eject_seconds)
+                seconds = replica.health.ejected_until - now
                 self._ejections.add(1, {Name.REPLICA: replica.name, "cause": cause})
-                log.warning(
-                    "replica ejected", replica=replica.name, cause=cause, seconds=replica.health.ejected_until - now
-                )
+                log.warning("replica ejected", replica=replica.name, cause=cause, seconds=seconds)
+                self.on_ejection(replica, len(peers), seconds)
+
+    def leave_out(self, agreed: Mapping[tuple[str, str], float]) -> None:
+        """What enough routers ejected, by model and name, with the seconds left of each. Where that and what this
+        router ejected by itself would be more than the share, the latter is used again."""
+        now = self._clock()
+        for replica in self.replicas:
+            if replica.state is None:
+                continue  # its name is not known; when it is heard again, the next turn finds it
+            seconds = agreed.get((replica.model, replica.name), 0.0)
+            if seconds and not replica.is_left_out(now):
+                self._ejections.add(1, {Name.REPLICA: replica.name, "cause": "agreed"})
+                log.warning("replica left out, as other routers found", replica=replica.name, seconds=seconds)
+            replica.agreed_until = now + seconds
+        for model in {model for model, _ in agreed}:
+            peers = [replica for replica in self.replicas if replica.usable and replica.model == model]
+            out = sorted((r for r in peers if r.is_left_out(now)), key=lambda replica: replica.health.ejected_until)
+            excess = sum(not may_eject(others, len(peers), self._config.most_ejected) for others in range(len(out)))
+            for replica in [replica for replica in out if replica.agreed_until <= now][:excess]:
+                replica.health.pardon()
 
     def _start_without(self) -> None:
         if self._strangers:

@@ -1,7 +1,7 @@
 """How a replica's answers went lately, and whether it is an outlier: one that fails or is slow while its peers are not.
 
 After Envoy's outlier detection: consecutive failures, a share of failures, and here latency beyond the peers'. What a
-router saw by itself decides for that router; a replica that fails for all is ejected by all.
+router saw by itself decides for that router; what several saw decides for all (`ejections.py`).
 """
 
 from __future__ import annotations
@@ -71,6 +71,10 @@ class Health:
 
     def is_ejected(self, now: float) -> bool:
         return now < self.ejected_until
+
+    def pardon(self) -> None:
+        """Use it again: others are left out in its place."""
+        self.ejected_until = 0.0
 
     def eject(self, cause: str, now: float, seconds: float) -> None:
         """Leave it out for `seconds`, doubled for each ejection before. What was seen is forgotten: it starts anew."""

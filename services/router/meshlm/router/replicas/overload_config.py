@@ -9,11 +9,11 @@ from dataclasses import dataclass
 class OverloadConfig:
     """How many requests one router has at a worker at a time, and how many wait for it. docs/overload.md says how."""
 
-    # Requests of one router at a worker at a time, before anything was learnt of it.
+    # Requests at a worker at a time, before anything was learnt of it: its routers have equal parts of that.
     first_concurrency: int = 1024
-    # Fewest that its limit may shrink to.
+    # Fewest that one router's part may shrink to.
     least_concurrency: int = 4
-    # Most that its limit may grow to.
+    # Most that one router's part may grow to.
     most_concurrency: int = 4096
     # Requests of priority critical that wait in one router for a worker with room; more are refused.
     critical_queue: int = 512

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import structlog
+
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import Reason
 from meshlm.chassis.prefixes import TextPrefix, contains, covered
@@ -13,6 +15,8 @@ from meshlm.router.replicas.concurrency import ConcurrencyLimit
 from meshlm.router.replicas.health import FIRST_TOKENS, Health
 from meshlm.router.replicas.overload_config import OverloadConfig
 from meshlm.v1 import worker_pb2, worker_pb2_grpc
+
+log = structlog.get_logger()
 
 _SERVICE = "meshlm.v1.WorkerService"
 # A push that left the worker before a request came there arrives up to so much later, seconds.
@@ -78,6 +82,7 @@ class Replica:
         self.state: worker_pb2.WatchLoadResponse | None = None  # None while it cannot be heard
         self.quarantined = False  # proven wrong: it gets no requests
         self.health = Health()
+        self.agreed_until = 0.0  # all routers leave it out until then
         self.ready_since = 0.0
         self.prefill_seconds = 1 / _TOKENS_PER_SECOND  # for a prompt token; measured once there are answers
         self._attempts: set[Attempt] = set()
@@ -90,6 +95,14 @@ class Replica:
     @property
     def name(self) -> str:
         return self.state.replica if self.state is not None else self.target
+
+    @property
+    def model(self) -> str:
+        return self.state.model.name if self.state is not None else ""
+
+    def is_left_out(self, now: float) -> bool:
+        """As an outlier: this router found it so, or enough routers did."""
+        return now < self.agreed_until or self.health.is_ejected(now)
 
     @property
     def usable(self) -> bool:
@@ -111,6 +124,9 @@ class Replica:
         was_usable, before, self.state = self.usable, self.state, state
         if before is not None and before.counters.engine_starts != state.counters.engine_starts:
             self._promised.clear()  # the new engine's cache is empty
+        if before is None or before.routers != state.routers:
+            self.limit.divide(state.routers)
+            log.info("routers at a worker", replica=state.replica, routers=state.routers, places=self.limit.value)
         now = self.clock()
         if self.usable and not was_usable:
             self.ready_since = now

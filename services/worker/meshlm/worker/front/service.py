@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -52,6 +52,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._measures = measures
         self._read_limits = ReadLimits(config.model_name, config.max_read_tokens)
         self._text_prefixes = TextPrefixes()
+        self._routers = 0  # that watch
 
     async def RunGeneration(
         self, request: worker_pb2.RunGenerationRequest, context: grpc.aio.ServicerContext
@@ -125,9 +126,24 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.WatchLoadRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[worker_pb2.WatchLoadResponse, None]:
         log.info("watched", watcher=request.watcher[:128])
-        async with aclosing(self._client.watch()) as changes:
-            async for _ in changes:
-                yield self._state()
+        with self._counted(request.watcher):
+            async with aclosing(self._client.watch()) as changes:
+                async for _ in changes:
+                    yield self._state()
+
+    @contextmanager
+    def _counted(self, watcher: str) -> Iterator[None]:
+        """One more router, if it is one; the others are told at once."""
+        if watcher != "router":
+            yield
+            return
+        self._routers += 1
+        self._client.wake_watchers()
+        try:
+            yield
+        finally:
+            self._routers -= 1
+            self._client.wake_watchers()
 
     def _ready_model(self) -> ServedModel:
         if self.model is None or not self._client.able:
@@ -146,6 +162,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             waiting_limit=self._client.waiting_limit,
             step_seconds=self._client.median_step_seconds,
             counters=worker_pb2.EngineCounters(engine_starts=self._client.starts),
+            routers=self._routers,
         )
         if self.model is not None:
             state.block_size = self.model.facts.block_size
