@@ -190,9 +190,9 @@ EXPORT void native_multiply(Pool* pool, const Matrix* m, const Activations* x, c
         int count;
         float* out;
 
-        void block(int b) const {
-            const int width = m.rows - b * BLOCK < BLOCK ? m.rows - b * BLOCK : BLOCK;
-            multiply_block(m, b, x, index, count, [&](int i, V16 v) {
+        void blocks(int begin, int end) const {
+            multiply_blocks(m, begin, end, x, index, count, [&](int b, int i, V16 v) {
+                const int width = m.rows - b * BLOCK < BLOCK ? m.rows - b * BLOCK : BLOCK;
                 float all[BLOCK];
                 for (int j = 0; j < BLOCK / W; j++) store(all + j * W, v.v[j]);
                 std::memcpy(out + (size_t)i * m.rows + b * BLOCK, all, width * sizeof(float));
@@ -203,9 +203,7 @@ EXPORT void native_multiply(Pool* pool, const Matrix* m, const Activations* x, c
         [](void* argument, Member& member) {
             const Work& work = *(const Work*)argument;
             const int units = blocks(work.m), grain = units / (8 * member.size());
-            member.share(units, grain > 1 ? grain : 1, [&](int begin, int end) {
-                for (int b = begin; b < end; b++) work.block(b);
-            });
+            member.share(units, grain > 1 ? grain : 1, [&](int begin, int end) { work.blocks(begin, end); });
         },
         &work);
 }

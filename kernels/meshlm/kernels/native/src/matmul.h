@@ -19,22 +19,43 @@ void multiply_tile(const Matrix& m, int block, const Activations& x, const int32
 // One row of the matrix as floats: out[cols].
 void read_row(const Matrix& m, int row, float* out);
 
-// Calls sink(i, v) for i in [0, count), v being block `block` of the product with token index[i] (or token i without an
-// index). Sinks may not write what `x` holds.
-template <class Sink>
-void multiply_block(const Matrix& m, int block, const Activations& x, const int32_t* index, int count, Sink sink) {
-    V16 out[MAX_TILE];
+// Calls body(first, width, tokens) for tiles of the tokens index[0, count), or of 0..count - 1 without an index.
+template <class Body>
+void each_tile_of(const int32_t* index, int count, Body body) {
     int32_t tokens[MAX_TILE];
     for (int first = 0, width; first < count; first += width) {
         const int left = count - first, passes = (left + MAX_TILE - 1) / MAX_TILE;
         width = (left + passes - 1) / passes;  // 9 tokens are 5 and 4, not 8 and 1
         for (int i = 0; i < width; i++) tokens[i] = index ? index[first + i] : first + i;
-        multiply_tile(m, block, x, tokens, width, out);
-        for (int i = 0; i < width; i++) sink(first + i, out[i]);
+        body(first, width, tokens);
+    }
+}
+
+// Blocks whose weights stay in the first cache while tile after tile of tokens is multiplied with them: what many tokens
+// write then lies together. Few tokens go block by block, so that memory is read evenly.
+static inline int blocks_at_once(const Matrix& m, int count) {
+    constexpr size_t ROOM = 24 << 10;
+    const size_t fit = ROOM / block_bytes(m);
+    return count <= 4 * MAX_TILE || fit < 2 ? 1 : fit < 8 ? (int)fit : 8;
+}
+
+// Calls sink(block, i, v) for the blocks [begin, end) and i in [0, count), v being that block of the product with token
+// index[i] (or token i without an index). Sinks may not write what `x` holds.
+template <class Sink>
+void multiply_blocks(const Matrix& m, int begin, int end, const Activations& x, const int32_t* index, int count, Sink sink) {
+    V16 out[MAX_TILE];
+    for (int from = begin, step = blocks_at_once(m, count); from < end; from += step) {
+        const int to = from + step < end ? from + step : end;
+        each_tile_of(index, count, [&](int first, int width, const int32_t* tokens) {
+            for (int block = from; block < to; block++) {
+                multiply_tile(m, block, x, tokens, width, out);
+                for (int i = 0; i < width; i++) sink(block, first + i, out[i]);
+            }
+        });
     }
 }
 
 template <class Sink>
-void multiply_block(const Matrix& m, int block, const Activations& x, int rows, Sink sink) {
-    multiply_block(m, block, x, nullptr, rows, sink);
+void multiply_blocks(const Matrix& m, int begin, int end, const Activations& x, int rows, Sink sink) {
+    multiply_blocks(m, begin, end, x, nullptr, rows, sink);
 }

@@ -28,6 +28,9 @@ using V = __m512;
 
 static inline V load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+// Past the caches, to memory aligned to a vector: for what is written once and read much later. `fence` before others read.
+static inline void stream(float* p, V v) { _mm512_stream_ps(p, v); }
+static inline void fence() { _mm_sfence(); }
 static inline V set1(float x) { return _mm512_set1_ps(x); }
 static inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 static inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
@@ -59,6 +62,8 @@ using V = __m256;
 
 static inline V load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+static inline void stream(float* p, V v) { _mm256_stream_ps(p, v); }
+static inline void fence() { _mm_sfence(); }
 static inline V set1(float x) { return _mm256_set1_ps(x); }
 static inline V add(V a, V b) { return _mm256_add_ps(a, b); }
 static inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
@@ -99,6 +104,8 @@ typedef float V __attribute__((vector_size(16)));
 
 static inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+static inline void stream(float* p, V v) { store(p, v); }
+static inline void fence() {}
 static inline V set1(float x) { return V{x, x, x, x}; }
 static inline V add(V a, V b) { return a + b; }
 static inline V sub(V a, V b) { return a - b; }

@@ -62,6 +62,12 @@ class Inputs {
     }
     void quantize(int t) const { quantize(t, 0, cols_); }
 
+    // Quantizes one group of row t that was not stored as values: x[GROUP], columns [begin, begin + GROUP).
+    void quantize(int t, int begin, const float* x) const {
+        const size_t group = (size_t)t * (cols_ / GROUP) + begin / GROUP;
+        quantize_row(x, GROUP, codes_.get() + (size_t)t * cols_ + begin, scales_.get() + group, sums_.get() + group);
+    }
+
   private:
     Buffer<float> values_;
     Buffer<int8_t> codes_;
@@ -147,6 +153,7 @@ class Decoder {
     void route(Member& member, const LayerSpec& layer, const Inputs& input);
     void experts(Member& member, const LayerSpec& layer, const Inputs& input);
     void add_experts(Member& member, const LayerSpec& layer);
+    bool streamed(const float* out, int count) const;
     void logits(Member& member, const int32_t* rows, int count, float* out);
     void draw(Member& member);
     void score(Member& member);
@@ -344,14 +351,14 @@ void Decoder::query_key_value(Member& member, const LayerSpec& layer, const Inpu
     Activations view = input.view();
     int units = queries + keys + values;
     member.share(units, grain_of(units, member.size()), [&](int begin, int end) {
-        for (int unit = begin; unit < end; unit++) {
-            const Part& part = parts[unit < queries ? 0 : unit < queries + keys ? 1 : 2];
+        for (const Part& part : parts) {
             const Matrix& weight = part.projection.weight;
-            int block = unit - part.first, count = weight.rows - block * BLOCK;
-            const float* bias = part.projection.bias ? part.projection.bias + block * BLOCK : nullptr;
-            multiply_block(weight, block, view, step_->rows, [&](int t, V16 v) {
-                if (bias) v = add16(v, load16(bias, count));
-                store16(part.out + (size_t)t * weight.rows + block * BLOCK, count, v);
+            const int first = std::max(begin - part.first, 0), last = std::min(end - part.first, blocks(weight));
+            const float* bias = part.projection.bias;
+            multiply_blocks(weight, first, last, view, step_->rows, [&](int block, int t, V16 v) {
+                const int at = block * BLOCK, count = weight.rows - at;
+                if (bias) v = add16(v, load16(bias + at, count));
+                store16(part.out + (size_t)t * weight.rows + at, count, v);
             });
         }
     });
@@ -475,15 +482,12 @@ void Decoder::add_product(Member& member, const Projection& product, const Input
     Activations view = input.view();
     const int units = blocks(weight);
     member.share(units, grain_of(units, member.size()), [&](int begin, int end) {
-        for (int block = begin; block < end; block++) {
-            int count = weight.rows - block * BLOCK;
-            const float* bias = product.bias ? product.bias + block * BLOCK : nullptr;
-            multiply_block(weight, block, view, step_->rows, [&](int t, V16 v) {
-                if (bias) v = add16(v, load16(bias, count));
-                float* to = (post_norm ? extra_.get() + (size_t)t * spec_.width : x(t)) + block * BLOCK;
-                store16(to, count, post_norm ? v : add16(load16(to, count), v));
-            });
-        }
+        multiply_blocks(weight, begin, end, view, step_->rows, [&](int block, int t, V16 v) {
+            const int at = block * BLOCK, count = weight.rows - at;
+            if (product.bias) v = add16(v, load16(product.bias + at, count));
+            float* to = (post_norm ? extra_.get() + (size_t)t * spec_.width : x(t)) + at;
+            store16(to, count, post_norm ? v : add16(load16(to, count), v));
+        });
     });
     if (post_norm)
         member.share(step_->rows, grain_of(step_->rows, member.size()), [&](int begin, int end) {
@@ -512,30 +516,34 @@ void Decoder::mlp(Member& member, const LayerSpec& layer) {
     add_product(member, layer.mlps[0].down, middle_, layer.mlp_post_norm);
 }
 
-// Two blocks, so one group, of activation(gate) * up for the rows `index` (null: all), quantized, to the rows `to` of
-// `middle_` (null: the same).
+// Two blocks, so one group, of activation(gate) * up for the rows `index` (null: all), to the rows `to` of `middle_` (null:
+// the same): as codes, or as values where the weights that read them are not quantized.
 void Decoder::gate_up(const Mlp& mlp, const Inputs& input, int pair, const int32_t* index, int count, const int32_t* to) {
     Activations view = input.view();
-    const Matrix& gate = mlp.gate.weight;
-    const int first = 2 * pair, last = first + 2 < blocks(gate) ? first + 2 : blocks(gate);
-    auto target = [&](int i) { return middle_.row(to ? to[i] : i); };
-    for (int block = first; block < last; block++) {
-        const int at = block * BLOCK, columns = gate.rows - at;
-        const float* gate_bias = mlp.gate.bias ? mlp.gate.bias + at : nullptr;
-        const float* up_bias = mlp.up.bias ? mlp.up.bias + at : nullptr;
-        multiply_block(gate, block, view, index, count, [&](int i, V16 v) {
-            if (gate_bias) v = add16(v, load16(gate_bias, columns));
-            store16(target(i) + at, columns, v);
-        });
-        multiply_block(mlp.up.weight, block, view, index, count, [&](int i, V16 v) {
-            if (up_bias) v = add16(v, load16(up_bias, columns));
-            V16 opened = load16(target(i) + at, columns);
-            for (int j = 0; j < BLOCK / W; j++) v.v[j] = mul(activate(spec_.activation, opened.v[j]), v.v[j]);
-            store16(target(i) + at, columns, v);
-        });
-    }
-    const int begin = first * BLOCK, end = last * BLOCK < gate.rows ? last * BLOCK : gate.rows;
-    for (int i = 0; i < count; i++) middle_.quantize(to ? to[i] : i, begin, end - begin);
+    const int at = 2 * pair * BLOCK, columns = std::min(mlp.gate.weight.rows - at, GROUP);
+    const bool codes = quantized(mlp.down.weight.format);
+    each_tile_of(index, count, [&](int first, int width, const int32_t* tokens) {
+        alignas(64) float opened[MAX_TILE][GROUP];
+        V16 gate[MAX_TILE], up[MAX_TILE];
+        for (int column = 0; column < columns; column += BLOCK) {
+            const int block = (at + column) / BLOCK;
+            multiply_tile(mlp.gate.weight, block, view, tokens, width, gate);
+            multiply_tile(mlp.up.weight, block, view, tokens, width, up);
+            for (int i = 0; i < width; i++) {
+                if (mlp.gate.bias) gate[i] = add16(gate[i], load16(mlp.gate.bias + at + column, columns - column));
+                if (mlp.up.bias) up[i] = add16(up[i], load16(mlp.up.bias + at + column, columns - column));
+                for (int j = 0; j < BLOCK / W; j++)
+                    store(opened[i] + column + j * W, mul(activate(spec_.activation, gate[i].v[j]), up[i].v[j]));
+            }
+        }
+        for (int i = 0; i < width; i++) {
+            const int row = to ? to[first + i] : first + i;
+            if (codes)
+                middle_.quantize(row, at, opened[i]);
+            else
+                std::memcpy(middle_.row(row) + at, opened[i], (size_t)columns * sizeof(float));
+        }
+    });
 }
 
 // The `active` experts of each row and their shares (softmax over the chosen), and each expert's rows.
@@ -601,8 +609,8 @@ void Decoder::add_experts(Member& member, const LayerSpec& layer) {
                 const std::vector<int32_t>&pairs = expert_pairs_[e], &rows = expert_rows_[e];
                 if (pairs.empty()) continue;
                 const Projection& down = layer.mlps[e].down;
-                const int count = down.weight.rows - block * BLOCK;
-                multiply_block(down.weight, block, view, pairs.data(), (int)pairs.size(), [&](int i, V16 v) {
+                const int count = down.weight.rows - block * BLOCK, all = (int)pairs.size();
+                multiply_blocks(down.weight, block, block + 1, view, pairs.data(), all, [&](int, int i, V16 v) {
                     if (down.bias) v = add16(v, load16(down.bias + block * BLOCK, count));
                     float* to = x(rows[i]) + block * BLOCK;
                     V16 sum = load16(to, count);
@@ -613,6 +621,11 @@ void Decoder::add_experts(Member& member, const LayerSpec& layer) {
             }
     });
     lap(member, DOWN);
+}
+
+// Whether logits go past the caches: many rows' would push the weights out, and be read from memory line by line first.
+bool Decoder::streamed(const float* out, int count) const {
+    return count > kAlone && spec_.vocab % BLOCK == 0 && (uintptr_t)out % 64 == 0;
 }
 
 // The head over some rows: (count, vocab).
@@ -631,13 +644,16 @@ void Decoder::logits(Member& member, const int32_t* rows, int count, float* out)
         member.share(count, grain_of(count, member.size()), body);
     Activations view = to.view();
     const int units = blocks(spec_.head);
+    const bool past = streamed(out, count);
     member.share(units, grain_of(units, member.size()), [&](int begin, int end) {
-        for (int block = begin; block < end; block++) {
-            int columns = spec_.vocab - block * BLOCK;
-            multiply_block(spec_.head, block, view, count, [&](int t, V16 v) {
-                store16(out + (size_t)t * spec_.vocab + block * BLOCK, columns, v);
-            });
-        }
+        multiply_blocks(spec_.head, begin, end, view, count, [&](int block, int t, V16 v) {
+            float* to = out + (size_t)t * spec_.vocab + block * BLOCK;
+            if (past)
+                for (int i = 0; i < BLOCK / W; i++) stream(to + i * W, v.v[i]);
+            else
+                store16(to, spec_.vocab - block * BLOCK, v);
+        });
+        if (past) fence();
     });
     lap(member, HEAD);
 }

@@ -8,8 +8,10 @@ from array import array
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from meshlm.kernels.native import structures as c
+from meshlm.kernels.native.memory import ALIGNMENT
 from meshlm.kernels.native.ops import POOLING, compact
 from meshlm.worker.engine.budgets import OBSERVED
 from meshlm.worker.engine.sampler import Sampler, uniform
@@ -42,7 +44,7 @@ class NativeRunner:
         self._decoder = decoder
         self._facts = facts
         self._sampler = Sampler()
-        self._logits = np.empty((max_outputs, facts.vocab_size), np.float32)
+        self._logits = _aligned(max_outputs, facts.vocab_size)
         self._spans = bytearray(_SPAN.size * max_rows)
         self._draws = bytearray(_DRAW.size * max_outputs)
         self._drawn = np.empty(max_outputs, np.int32)
@@ -227,6 +229,13 @@ class _Tasks:
         if chunk.sequence.request.pool is not None:
             return ChunkPool(self._sums[self._places[id(chunk)][0]].tolist())
         return None
+
+
+def _aligned(rows: int, columns: int) -> NDArray[np.float32]:
+    """Floats that begin on a cache line: rows of whole lines are then written past the caches (`Decoder::streamed`)."""
+    raw = np.empty(rows * columns * 4 + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + rows * columns * 4].view(np.float32).reshape(rows, columns)
 
 
 def _address(buffer: bytearray) -> int:
