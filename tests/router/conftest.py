@@ -115,6 +115,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.accepts: asyncio.Event | None = None  # before it accepts
         self.late: asyncio.Event | None = None  # before the first piece
         self.hold: asyncio.Event | None = None  # before each piece after the first
+        self.open = 0  # generations under way
         self.requests: list[worker_pb2.RunGenerationRequest] = []
         self.counted: list[worker_pb2.CountInputTokensRequest] = []
         self.cancelled = asyncio.Event()
@@ -137,6 +138,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         return await self.scores(request)
 
     async def RunGeneration(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self.open += 1
+        try:
+            async for response in self._generation(request):
+                yield response
+        finally:
+            self.open -= 1
+
+    async def _generation(self, request: Any) -> AsyncIterator[Any]:
         self.requests.append(request)
         if self.refusal is not None:
             raise self.refusal
@@ -194,6 +203,7 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
         self.stops = "secret"  # the word from which on answers are blocked
         self.inputs: list[Any] = []
         self.starts: list[Any] = []  # of output checks
+        self.open = 0  # output checks under way
         self.redacts = False  # replaces `private` in prompts
         self.fast = False  # releases all, and blocks one text late
         self.ahead = False  # releases all, and judges it only where nothing follows
@@ -220,6 +230,14 @@ class FakeGuard(guard_pb2_grpc.GuardServiceServicer):
         return response
 
     async def CheckOutput(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        self.open += 1
+        try:
+            async for response in self._check(requests):
+                yield response
+        finally:
+            self.open -= 1
+
+    async def _check(self, requests: Any) -> AsyncIterator[Any]:
         whole = judged = ""
         async for request in requests:
             if request.WhichOneof("event") == "start":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,11 @@ class Answers:
         self._stub: Any = cache_pb2_grpc.CacheServiceStub(self._channel) if self._channel is not None else None
         self._seconds = config.cache_seconds
         self._wait = config.shared_flight_seconds
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def stop(self) -> None:
+        if self._leaving:
+            await asyncio.wait(self._leaving)
         if self._channel is not None:
             await self._channel.close()
 
@@ -68,13 +72,28 @@ class Answers:
             refresh=refresh or generation.cache_policy == pb.CACHE_POLICY_REFRESH,
         )
         with client_span(_SERVICE, "LookUp") as span:
-            lookup = await self._ask(request, min(self._seconds, seconds_left))
+            lookup = await self._ask_at_once(request, min(self._seconds, seconds_left))
             if lookup.outcome == "timeout" and self._wait:
                 # Another's flight. Only now is it worth waiting: a cache that hangs must not cost that long.
                 request.wait_seconds = self._wait
                 lookup = await self._ask(request, min(self._seconds + self._wait, seconds_left))
             span.set_attribute(Name.CACHE_OUTCOME, lookup.outcome)
         return lookup
+
+    async def _ask_at_once(self, request: cache_pb2.LookUpRequest, seconds: float) -> Lookup:
+        """As `_ask`, of a question that the cache answers without waiting. Where the request leaves meanwhile, the lead
+        that it may have got by then is given back: it would hold up whoever asks the same, until its lease ends."""
+        asking = asyncio.ensure_future(self._ask(request, seconds))
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            task = asyncio.create_task(self._give_back(asking))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+            raise
+
+    async def _give_back(self, asking: asyncio.Future[Lookup]) -> None:
+        await self.release(await asking)
 
     async def _ask(self, request: cache_pb2.LookUpRequest, timeout: float) -> Lookup:  # noqa: ASYNC109  gRPC's own
         try:

@@ -36,6 +36,7 @@ class Vigilance:
         self._estimator = Estimator()
         self._scorer = Scorer(redis, fleet, config.entropy)
         self._scoring: set[asyncio.Task[None]] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
         self._surprises = meter().create_histogram(Name.SURPRISE, "nats", "Prompts' surprise, by what read them")
         self._risks = meter().create_histogram(Name.RISK, "1", "Risk of requests, by where it comes from")
         self._trips = meter().create_counter(Name.BREAKER_TRIPS, "{trip}", "Breakers that opened, by scope")
@@ -57,9 +58,10 @@ class Vigilance:
             try:
                 await asyncio.sleep(0)  # it is asked now, and answers while the prompt is read here
                 estimate = self._estimate(work)
-                standing = await looking
-            finally:
-                looking.cancel()
+                standing = await asyncio.shield(looking)  # the store's client may swallow a cancel
+            except BaseException:
+                self._leave(looking, caller, identifier)
+                raise
             found = self._assess(work, caller, identifier, standing, place, estimate, shadow=mode == "shadow")
             surprise, of_prompt = found.surprise, self._risk_of(found.surprise)
             current.set_attributes(
@@ -77,6 +79,17 @@ class Vigilance:
             if not standing.passes:
                 self._refusals.add(1, {Name.TENANT: caller.tenant, Name.RISK_SHADOW: found.shadow})
             self._follow(work, found)
+
+    def _leave(self, looking: asyncio.Future[Standing], caller: Caller, identifier: str) -> None:
+        """Its request is gone while it is looked at: the probe of a breaker that it may get is given back."""
+
+        async def give_back() -> None:
+            await asyncio.wait({looking})
+            await self._standings.note(caller, identifier, risk=0.0, flagged=None)
+
+        task = asyncio.create_task(give_back())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     async def peek(self, work: Work) -> None:
         """As `look`, for a request that is not to run: nothing is counted, and no probe of a breaker is taken."""
@@ -126,7 +139,9 @@ class Vigilance:
         task.add_done_callback(self._scoring.discard)
 
     async def stop(self) -> None:
-        """Scores that are still awaited are of no use any more."""
+        """Scores that are still awaited are of no use any more; what is given back is."""
+        if self._leaving:
+            await asyncio.wait(self._leaving)
         for task in list(self._scoring):
             task.cancel()
         if self._scoring:

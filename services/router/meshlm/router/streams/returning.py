@@ -100,7 +100,8 @@ class Returns:
         if self._redis is None:
             return None
         try:
-            value = await self._redis.get(_name(work, work.resume_of))
+            reading = asyncio.ensure_future(self._redis.get(_name(work, work.resume_of)))
+            value = await asyncio.shield(reading)  # the store's client may swallow a cancel
         except (RedisError, OSError, TimeoutError):
             if is_deterministic(work.generation.sampling):
                 return None
