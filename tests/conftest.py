@@ -6,8 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from meshlm.mesh.model import model_path
+
+# The same examples in every run, and no bound on their time: a change is not held up by what it did not touch, nor by a
+# machine that is busy. `pytest --hypothesis-profile=search` looks for new ones, for whom it finds something.
+SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]  # fixtures here are made to be used again
+settings.register_profile("gate", derandomize=True, deadline=None, suppress_health_check=SLOW)
+settings.register_profile("search", parent=settings.get_profile("gate"), derandomize=False, print_blob=True)
+settings.load_profile("gate")
 
 # Triton reads it when it is first imported, by whichever test that is. Asking torch would cost every run a second.
 if not Path("/dev/nvidiactl").exists():

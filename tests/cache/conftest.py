@@ -27,7 +27,7 @@ class Valkey:
         socket = self.folder / "valkey.sock"
         command = [str(get_binary_path()), "--port", "0", "--unixsocket", str(socket), "--save", ""]
         self.process = subprocess.Popen([*command, "--dir", str(self.folder)], stdout=subprocess.DEVNULL)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while not socket.exists():
             assert self.process.poll() is None, "Valkey ended"
             assert time.monotonic() < until, "Valkey did not start"

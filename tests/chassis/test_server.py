@@ -41,7 +41,7 @@ class Process:
         )
 
     async def status(self, wanted: int) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while True:
                 try:
                     answer = await self.health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True)
@@ -52,7 +52,7 @@ class Process:
                 await asyncio.sleep(0.02)
 
     async def end(self) -> tuple[int, str, str]:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             out, err = await self.process.communicate()
         assert self.process.returncode is not None
         return self.process.returncode, out.decode(), err.decode()

@@ -6,13 +6,17 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from meshlm.chassis.calls import CallInterceptor, Gate
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.mesh.plan import MeshPlan, Part, ProcessPlan
+from meshlm.mesh.requests import input_of
 from meshlm.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
+from meshlm.worker.fake import END, expected_tokens
+from meshlm.worker.messages import Sampling
 
 # A service on the real chassis with nothing in it; it notes when it was told to end.
 _SERVICE = """
@@ -48,6 +52,30 @@ def failing(name: str, code: int) -> ProcessPlan:
     """A process that says why and ends at once."""
     script = f"import sys; print('no luck today', file=sys.stderr); sys.exit({code})"
     return ProcessPlan(name, "guard", (sys.executable, "-S", "-c", script), {}, "unix:/nonexistent/socket")
+
+
+# For meshes whose processes may be kept waiting by a busy machine: what is slow there is neither lost nor an outlier.
+PATIENT = {
+    "MESHLM__STATE__TIMEOUT_SECONDS": "30.0",
+    "MESHLM__ROUTER__CACHE_SECONDS": "30.0",
+    "MESHLM__ROUTER__GUARD_SECONDS": "60.0",
+    "MESHLM__ROUTER__REPLICAS__EJECT_SLOWNESS": "0.0",
+    "MESHLM__GUARD__LLAMA_GUARD__TIMEOUT_SECONDS": "30.0",
+}
+
+
+def read_by_the_fake(source: generation_pb2.Input) -> list[int]:
+    """The prompt's tokens, as the fake's chat template and tokenizer make them."""
+    tokens: list[int] = []
+    for message in source.chat.messages:
+        tokens += [*f"<{message.role}>{message.content}".encode(), END]
+    return [*tokens, *b"<assistant>"]
+
+
+def said_by_the_fake(question: str, count: int, **drawn: Any) -> str:
+    """What the fake says to a question, in `count` tokens; greedy unless `drawn` (sampling) says otherwise."""
+    prompt = read_by_the_fake(input_of([("user", question)]))
+    return bytes(expected_tokens(prompt, Sampling(**{"temperature": 0.0, **drawn}), count)).decode()
 
 
 def plan(*processes: ProcessPlan) -> MeshPlan:

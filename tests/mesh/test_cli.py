@@ -318,13 +318,13 @@ class TestChat:
         await screen.shows("".join(WORDS[:2]).strip())
         os.write(master, b"\x03")
         await screen.shows("(cancelled)")
-        await asyncio.wait_for(router.cancelled.wait(), 5)
+        await asyncio.wait_for(router.cancelled.wait(), 60)
         router.stalls_after = None
         await screen.shows("you>")
         os.write(master, b"again\n")
         await screen.shows("".join(WORDS))
         os.write(master, b"\x04")
-        assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert await asyncio.wait_for(process.wait(), 60) == 0
         turns = [(turn.role, turn.content) for turn in router.requests[-1].generation.input.chat.messages]
         assert turns == [("user", "hello"), ("assistant", "".join(WORDS[:2])), ("user", "again")]
 
@@ -352,7 +352,7 @@ class Screen:
         self._unread = ""
         os.set_blocking(master, False)
 
-    async def shows(self, text: str, seconds: float = 30.0) -> None:
+    async def shows(self, text: str, seconds: float = 60.0) -> None:
         async with asyncio.timeout(seconds):
             while text not in self._unread:
                 await asyncio.sleep(0.02)

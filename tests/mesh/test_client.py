@@ -62,7 +62,7 @@ class TestStream:
                 async for event in events:
                     if isinstance(event, Text) and event.token_offset == 1:
                         break
-            await asyncio.wait_for(router.cancelled.wait(), 5)
+            await asyncio.wait_for(router.cancelled.wait(), 60)
 
     async def test_the_deadline_ends_a_stream_that_stalls(self, router: ScriptedRouter) -> None:
         router.stalls_after = 2
@@ -176,7 +176,7 @@ class TestSync:
                 next(events)
 
         await asyncio.to_thread(use)
-        await asyncio.wait_for(router.cancelled.wait(), 5)
+        await asyncio.wait_for(router.cancelled.wait(), 60)
 
 
 class TestGeneration:

@@ -36,7 +36,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _until(condition: Callable[[], bool], what: str) -> None:
-    bound = time.monotonic() + 20
+    bound = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < bound, what
         time.sleep(0.02)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -24,13 +25,14 @@ from meshlm.mesh.config import MeshConfig
 from meshlm.mesh.launcher import LocalMesh, plan_mesh
 from meshlm.mesh.state import StateFolder
 from meshlm.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tests.mesh.fakes import PATIENT, said_by_the_fake
 
 pytestmark = pytest.mark.mesh
 
 CONFIG = """
 [worker]
 engine = "fake"
-hang_seconds = 2.0
+hang_seconds = {hang}
 stream_interval = {interval}
 [worker.fake]
 step_seconds = {step}
@@ -42,6 +44,7 @@ ONE = '[[mesh.workers]]\nname = "one"\n'
 # The fake's tokens are bytes: with the usual windows a short answer would be judged, and come, as a whole.
 WINDOWS = "[guard.policies.default]\nanswer_windows = [1]\n"
 NO_RESUMES = "[router.streams]\nresumes = 0\n"  # by the router
+LONG = 2000  # tokens of a stream that is broken off: it must not have ended before whoever breaks it has read of it
 TWO = ONE + '[[mesh.workers]]\nname = "two"\n'
 
 
@@ -58,7 +61,7 @@ class Rig:
         channel = open_channel(self.mesh.address(worker))
         try:
             call = worker_pb2_grpc.WorkerServiceStub(channel).WatchLoad(  # type: ignore[call-arg]
-                worker_pb2.WatchLoadRequest(watcher="test"), timeout=10, wait_for_ready=True
+                worker_pb2.WatchLoadRequest(watcher="test"), timeout=60, wait_for_ready=True
             )
             return await call.read()  # type: ignore[attr-defined,no-any-return]
         finally:
@@ -81,6 +84,23 @@ class Rig:
     def kill(self, name: str) -> None:
         os.kill(self.mesh.pid(name), signal.SIGKILL)
 
+    @asynccontextmanager
+    async def without(self, name: str) -> AsyncIterator[None]:
+        """While a service is gone: the process that the launcher starts in its place is stopped before it serves."""
+        killed = self.mesh.pid(name)
+        self.kill(name)
+
+        async def hold() -> None:
+            await until(lambda: self.mesh.pid(name) != killed)
+            os.kill(self.mesh.pid(name), signal.SIGSTOP)
+
+        holding = asyncio.create_task(hold())
+        try:
+            yield
+        finally:
+            await holding
+            os.kill(self.mesh.pid(name), signal.SIGCONT)
+
     async def text(self, question: str, **asked: Any) -> str:
         return "".join([e.text async for e in self.stream(question, **asked) if isinstance(e, Text)])
 
@@ -100,21 +120,27 @@ class Rig:
 
 @asynccontextmanager
 async def running(
-    workers: str = ONE, step: float = 0.02, extra: str = "", interval: float = 0.1, listen: str = ""
+    workers: str = ONE,
+    step: float = 0.02,
+    extra: str = "",
+    interval: float = 0.1,
+    listen: str = "",
+    hang: float = 60.0,
 ) -> AsyncIterator[Rig]:
-    """`listen`: of the router; empty: a unix socket."""
+    """`listen`: of the router; empty: a unix socket. `hang`: seconds without a step after which an engine hangs."""
     with TemporaryDirectory(prefix="meshlm-") as root:
         file = Path(root) / "mesh.toml"
         listen = listen or f"unix:{root}/router"
         windows = "" if "[guard" in extra else WINDOWS
-        file.write_text(workers + CONFIG.format(listen=listen, step=step, interval=interval) + extra + "\n" + windows)
+        config_text = CONFIG.format(listen=listen, step=step, interval=interval, hang=hang)
+        file.write_text(f"{workers}{config_text}{extra}\n{windows}")
         folder = StateFolder(Path(root) / "s")
         folder.acquire()
         told = Source.read(file, {}).section("mesh", MeshConfig)
-        config = MeshConfig(ready_seconds=120, stop_seconds=20, workers=told.workers, routers=told.routers)
+        config = MeshConfig(ready_seconds=200, stop_seconds=60, workers=told.workers, routers=told.routers)
         plan = plan_mesh(Source.read(file, {}), folder, config, config_path=file)
         try:
-            async with LocalMesh(plan, folder, config) as mesh:
+            async with LocalMesh(plan, folder, config, environ={**PATIENT, **os.environ}) as mesh:
                 rig = Rig(mesh, folder)
                 yield rig
                 await rig.client.close()
@@ -122,7 +148,7 @@ async def running(
             folder.release()
 
 
-async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while True:
             result = condition()
@@ -163,35 +189,39 @@ async def test_one_trace_leads_from_the_router_to_the_engine() -> None:
         def seen() -> set[tuple[str, str]]:
             return {(s.service.removeprefix("meshlm-"), s.name.rpartition("/")[2]) for s in spans()}
 
+        def roots() -> list[str]:
+            ids = {span.span_id for span in spans()}
+            return [span.name for span in spans() if span.parent_id not in ids]
+
         await until(lambda: wanted <= seen())
-        ids = {span.span_id for span in spans()}
-        assert [span.name for span in spans() if span.parent_id not in ids] == [
-            "meshlm.v1.InferenceService/StreamGenerate"
-        ]
+        await until(lambda: roots() == ["meshlm.v1.InferenceService/StreamGenerate"])
         assert not any("one two three" in str(span.attributes) for span in spans())
-        logs = "".join(file.read_text() for file in rig.folder.logs.iterdir())
-        assert start.request_id in logs
-        assert "one two three" not in logs
+
+        def logs() -> str:
+            return "".join(file.read_text() for file in rig.folder.logs.iterdir())
+
+        await until(lambda: start.request_id in logs())
+        assert "one two three" not in logs()
 
 
 async def test_a_killed_engine_ends_its_streams_with_a_reason_and_a_new_one_serves() -> None:
     async with running(extra=NO_RESUMES) as rig:
-        whole = await rig.text("hello", cache="bypass")
-        stream = rig.stream("hello", cache="bypass")
+        stream = rig.stream("hello", cache="bypass", max_tokens=LONG)
         text, error = await broken(stream, 10, rig.engine().kill)
         assert error.reason == Reason.ENGINE_LOST
-        assert whole.startswith(text)
+        assert said_by_the_fake("hello", LONG).startswith(text)
 
         async def again() -> bool:
             return (await rig.load()).counters.engine_starts == 2 and await rig.ready()
 
         await until(again)
-        assert await rig.text("hello", cache="bypass") == whole
+        assert await rig.text("hello", cache="bypass") == said_by_the_fake("hello", 60)
 
 
 async def test_a_hung_engine_is_noticed_and_replaced() -> None:
-    async with running(extra=NO_RESUMES) as rig:
-        _, error = await broken(rig.stream("hello", cache="bypass"), 10, rig.engine().suspend)
+    async with running(extra=NO_RESUMES, hang=2.0) as rig:
+        stream = rig.stream("hello", cache="bypass", max_tokens=LONG)
+        _, error = await broken(stream, 10, rig.engine().suspend)
         assert error.reason == Reason.ENGINE_LOST
 
         async def again() -> bool:
@@ -203,9 +233,8 @@ async def test_a_hung_engine_is_noticed_and_replaced() -> None:
 
 async def test_a_killed_worker_costs_its_stream_and_a_resumed_one_has_no_gap() -> None:
     async with running(TWO, extra=NO_RESUMES) as rig:
-        whole = await rig.text("hello", cache="bypass")
         text, killed = "", False
-        async for event in rig.stream("hello", cache="bypass", resumes=2):
+        async for event in rig.stream("hello", cache="bypass", resumes=2, max_tokens=150):
             if isinstance(event, Start) and not killed:
                 replica = event.routing.replica
             if isinstance(event, Text):
@@ -214,9 +243,9 @@ async def test_a_killed_worker_costs_its_stream_and_a_resumed_one_has_no_gap() -
                     killed = True
                     rig.kill(replica)
             if isinstance(event, End):
-                assert event.usage.completion_tokens == 60
+                assert event.usage.completion_tokens == 150
         assert killed
-        assert text == whole
+        assert text == said_by_the_fake("hello", 150)
 
 
 async def test_a_killed_cache_costs_nothing_but_hits() -> None:
@@ -225,12 +254,12 @@ async def test_a_killed_cache_costs_nothing_but_hits() -> None:
         text, killed = "", False
         async for event in rig.stream("hello again"):
             if isinstance(event, Text):
-                if event.token_offset >= 10 and not killed:
+                if not killed:
                     killed = True
                     rig.kill("cache")
                 text += event.text
+        assert killed
         assert len(text) == len(whole)
-        await rig.mesh.wait_ready("cache")
 
         async def hit() -> bool:
             starts = [e async for e in rig.stream("hello") if isinstance(e, Start)]
@@ -252,17 +281,18 @@ async def test_a_killed_valkey_costs_neither_streams_nor_service() -> None:
         text, killed = "", False
         async for event in rig.stream("hello"):
             if isinstance(event, Text):
-                if event.token_offset >= 10 and not killed:
+                if not killed:
                     killed = True
                     rig.kill("valkey")
                 text += event.text
-        assert text
+        assert text == said_by_the_fake("hello", 60)
         assert await rig.text("hello two") != ""
 
 
 async def test_a_killed_guard_refuses_and_then_serves_again() -> None:
     async with running() as rig:
-        text, error = await broken(rig.stream("hello", cache="bypass"), 10, lambda: rig.kill("guard"))
+        stream = rig.stream("hello", cache="bypass", max_tokens=LONG)
+        text, error = await broken(stream, 10, lambda: rig.kill("guard"))
         assert error.reason == Reason.GUARD_UNAVAILABLE
         assert text
 
@@ -295,7 +325,7 @@ async def test_two_hundred_cancelled_streams_leave_no_block_in_use() -> None:
     async with running(step=0.005) as rig:
 
         async def cancelled(number: int) -> None:
-            stream = rig.stream(f"number {number}", cache="bypass", max_tokens=500)
+            stream = rig.stream(f"number {number}", cache="bypass", max_tokens=LONG)
             async with aclosing(stream):
                 async for event in stream:
                     if isinstance(event, Text) and event.token_offset >= number % 7:
@@ -308,7 +338,7 @@ async def test_two_hundred_cancelled_streams_leave_no_block_in_use() -> None:
             load = await rig.load()
             return load.running == load.waiting == 0 and load.free_blocks == load.total_blocks
 
-        await until(idle)
+        await until(idle, 120)
         load = await rig.load()
         assert load.counters.cancelled == 200
         assert load.counters.blocks_freed_after_cancel >= 200
@@ -328,13 +358,12 @@ async def test_a_slow_reader_holds_back_its_own_stream_and_nobody_elses() -> Non
         await slow.read()
         texts = await asyncio.gather(*(rig.text(f"quick {n}", cache="bypass", max_tokens=100) for n in range(4)))
         assert all(texts)
-        await until(rig.idle)  # the engine has made it all, and most of it waits for its reader
+        await until(rig.idle, 120)  # the engine has made it all, and most of it waits for its reader
         tokens = messages = 0
         while (response := await slow.read()).WhichOneof("event") != "end":
             tokens += response.chunk.token_count
             messages += 1
         assert tokens == 6000
-        print("MSG", messages)
         assert messages < 3000  # what was behind came in fewer, larger chunks
         await channel.close()
 
@@ -347,10 +376,12 @@ async def test_many_streams_share_messages_and_lose_no_token() -> None:
             return [event.token_count async for event in stream if isinstance(event, Text)]
 
         alone = await messages(0)
+        began = time.monotonic()
         crowd = await asyncio.gather(*(messages(number) for number in range(1, 17)))
+        seconds = time.monotonic() - began
     assert sum(alone) == 100
     assert [sum(counts) for counts in crowd] == [100] * 16
-    assert max(map(len, crowd)) < 60  # a second and more of steps: some ten messages, where nothing disturbs
+    assert max(map(len, crowd)) <= 10 * seconds + 5  # a second and more of steps: one message in a tenth of it
 
 
 async def test_a_kv_window_reaches_the_engine_and_its_answers_are_kept_apart() -> None:
@@ -379,7 +410,7 @@ async def test_limits_are_one_account_however_many_processes_ask() -> None:
         results = await asyncio.gather(*(rig.text(f"n {n}", max_tokens=5) for n in range(12)), return_exceptions=True)
         refused = [r for r in results if isinstance(r, MeshError)]
         assert len(refused) == 7
-        assert all(r.reason == Reason.RATE_LIMITED and r.retry_after and r.retry_after > 5 for r in refused)
+        assert all(r.reason == Reason.RATE_LIMITED and r.retry_after and r.retry_after > 1 for r in refused)
 
 
 def _digest(secret: str) -> str:

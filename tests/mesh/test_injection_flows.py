@@ -15,9 +15,9 @@ from meshlm.mesh.client import AsyncMesh, End, Start, Text
 from meshlm.mesh.requests import Turn, input_of, with_documents
 from meshlm.router.config import KeyConfig
 from meshlm.router.wording import word
-from meshlm.v1 import generation_pb2 as pb
-from meshlm.worker.fake import END, expected_tokens
+from meshlm.worker.fake import expected_tokens
 from meshlm.worker.messages import Sampling
+from tests.mesh.fakes import read_by_the_fake
 from tests.mesh.test_flows import running
 
 pytestmark = pytest.mark.mesh
@@ -61,14 +61,6 @@ async def answer(mesh: AsyncMesh, turns: list[Turn], **asked: Any) -> tuple[str,
     assert isinstance(start, Start)
     assert isinstance(end, End)
     return "".join(e.text for e in events if isinstance(e, Text)), start, end
-
-
-def read_by_the_fake(source: pb.Input) -> list[int]:
-    """The prompt's tokens, as the fake's chat template and tokenizer make them."""
-    tokens: list[int] = []
-    for message in source.chat.messages:
-        tokens += [*f"<{message.role}>{message.content}".encode(), END]
-    return [*tokens, *b"<assistant>"]
 
 
 async def test_the_worker_reads_the_document_marked_and_its_orders_are_refused() -> None:

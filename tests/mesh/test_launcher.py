@@ -26,9 +26,9 @@ from meshlm.mesh.process import Died, ProcessEvent, Ready, Stopped
 from meshlm.mesh.state import MeshNotRunningError, StateFolder, StateFolderError
 from meshlm.mesh.status import load_of
 from meshlm.mesh.up import Stage, last_stage
-from tests.mesh.fakes import failing, plan, service
+from tests.mesh.fakes import PATIENT, failing, plan, service
 
-QUICK = MeshConfig(ready_seconds=60.0, stop_seconds=10.0)
+QUICK = MeshConfig(ready_seconds=120.0, stop_seconds=60.0)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def folder(root: Path) -> Iterator[StateFolder]:
     made.release()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.02)
@@ -202,7 +202,7 @@ class TestProcesses:
         deaf = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
         command = (*real.command[:2], deaf + real.command[2], *real.command[3:])
         stubborn = ProcessPlan("guard", "guard", command, {}, real.address)
-        config = MeshConfig(ready_seconds=60.0, stop_seconds=0.3)
+        config = MeshConfig(ready_seconds=120.0, stop_seconds=0.3)
         async with LocalMesh(plan(stubborn), folder, config) as mesh:
             pid = mesh.pid("guard")
         assert not alive(pid)
@@ -230,10 +230,11 @@ class TestProcesses:
 
 
 FAKE = {
+    **PATIENT,
     "MESHLM__WORKER__ENGINE": "fake",
     "MESHLM__WORKER__MODEL": "letters",
     "MESHLM__MESH__READY_SECONDS": "120.0",
-    "MESHLM__MESH__STOP_SECONDS": "20.0",
+    "MESHLM__MESH__STOP_SECONDS": "60.0",
 }
 
 
@@ -365,7 +366,7 @@ class TestUp:
 
     async def test_a_signal_while_it_starts_also_exits_0(self, root: Path) -> None:
         up = await self.start(root)
-        await until(lambda: (root / "logs" / "router.log").exists(), 60)
+        await until(lambda: (root / "logs" / "router.log").exists(), 120)
         up.send_signal(signal.SIGINT)
         _, err = await asyncio.wait_for(up.communicate(), 60)
         assert (up.returncode, err) == (0, b"")
@@ -387,8 +388,8 @@ class TestUp:
         os.kill(router.pid, signal.SIGSTOP)  # it will never drain
         up.send_signal(signal.SIGINT)
         assert up.stdout is not None
-        await asyncio.wait_for(up.stdout.readuntil(b"draining"), 10)
+        await asyncio.wait_for(up.stdout.readuntil(b"draining"), 60)
         up.send_signal(signal.SIGINT)
-        await asyncio.wait_for(up.communicate(), 15)
+        await asyncio.wait_for(up.communicate(), 60)
         assert up.returncode == 1
         assert not any(alive(service.pid) for service in running.services)

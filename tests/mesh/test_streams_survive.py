@@ -14,6 +14,7 @@ import pytest
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.chassis.spans import read_trace
 from meshlm.mesh.client import End, Start, Text
+from tests.mesh.fakes import said_by_the_fake
 from tests.mesh.test_flows import ONE, TWO, Rig, running, until
 from tests.router.test_mesh_limits import LIMIT, limited, spent, told
 
@@ -39,7 +40,7 @@ async def disturbed(rig: Rig, every: int, most: int, stream: Any, number: int = 
             replica = event.routing.replica
         if isinstance(event, Text):
             done += event.token_count
-            if struck < most and done >= every * (struck + 1):
+            while struck < most and done >= every * (struck + 1):
                 struck += 1
                 for name in {replica} if struck == 1 else await busy(rig):
                     os.kill(rig.mesh.pid(name), number)
@@ -53,7 +54,7 @@ async def busy(rig: Rig) -> list[str]:
     for process in rig.mesh.plan.processes:
         if process.part == "worker" and rig.mesh._child(process.name).ready.is_set():
             try:
-                load = await asyncio.wait_for(rig.load(process.name), 1)
+                load = await asyncio.wait_for(rig.load(process.name), 2)
             except (TimeoutError, OSError):
                 continue
             if load.running:
@@ -80,14 +81,13 @@ async def test_a_stream_whose_workers_are_killed_one_after_the_other_has_neither
     async with running(THREE) as rig:
         for n in range(3):
             question = f"hello {n}"
-            whole = await rig.text(question, cache="bypass", max_tokens=120, **asked)
-            stream = rig.stream(question, cache="bypass", max_tokens=120, **asked)
+            stream = rig.stream(question, cache="bypass", max_tokens=200, **asked)
             events = await disturbed(rig, 40, 2, stream)
-            assert text_of(events) == whole
+            assert text_of(events) == said_by_the_fake(question, 200, **asked)
             assert gapless(events)
             end = events[-1]
             assert isinstance(end, End)
-            assert end.usage.completion_tokens == 120
+            assert end.usage.completion_tokens == 200
             assert end.finish_reasons == {0: "length"}
             assert len(end.replicas) >= 2  # the second may have made it all before it was struck
             assert all(not event.token_ids for event in events if isinstance(event, Text))  # nobody asked for them
@@ -99,13 +99,13 @@ async def test_a_draw_without_a_seed_goes_on_with_the_seed_that_its_start_told()
         start = events[0]
         assert isinstance(start, Start)
         assert start.seed is not None
-        assert text_of(events) == await rig.text("hello", cache="bypass", seed=start.seed, **SAMPLED)
-        assert text_of(events) != await rig.text("hello", cache="bypass", seed=start.seed + 1, **SAMPLED)
+        assert text_of(events) == said_by_the_fake("hello", 60, seed=start.seed, **SAMPLED)
+        assert text_of(events) != said_by_the_fake("hello", 60, seed=start.seed + 1, **SAMPLED)
 
 
 async def test_a_stop_string_across_the_seam_is_found_and_not_sent() -> None:
     async with running(TWO) as rig:
-        whole = await rig.text("hello", cache="bypass", max_tokens=100)
+        whole = said_by_the_fake("hello", 100)
         for at in range(30, 60, 6):
             stop = whole[at : at + 8]
             events = await disturbed(rig, at - 10, 1, rig.stream("hello", cache="bypass", max_tokens=100, stop=[stop]))
@@ -116,24 +116,22 @@ async def test_a_stop_string_across_the_seam_is_found_and_not_sent() -> None:
 
 async def test_a_lone_worker_that_is_killed_goes_on_when_it_is_back() -> None:
     async with running(ONE, extra="[router.streams]\nresume_wait_seconds = 60.0\n") as rig:
-        whole = await rig.text("hello", cache="bypass")
-        events = await disturbed(rig, 20, 1, rig.stream("hello", cache="bypass"))
-        assert text_of(events) == whole
+        events = await disturbed(rig, 20, 1, rig.stream("hello", cache="bypass", max_tokens=150))
+        assert text_of(events) == said_by_the_fake("hello", 150)
 
 
 async def test_a_killed_engine_costs_nothing_either() -> None:
     async with running(TWO) as rig:
-        whole = await rig.text("hello", cache="bypass")
         text, killed = "", False
-        async for event in rig.stream("hello", cache="bypass"):
+        async for event in rig.stream("hello", cache="bypass", max_tokens=200):
             if isinstance(event, Start):
                 replica, trace_id = event.routing.replica, event.trace_id
             if isinstance(event, Text):
                 text += event.text
-                if event.token_offset >= 10 and not killed:
+                if not killed:
                     killed = True
                     rig.engine(replica).kill()
-        assert text == whole
+        assert text == said_by_the_fake("hello", 200)
 
         def resumes() -> Any:
             spans = read_trace(str(rig.folder.spans), trace_id)
@@ -144,12 +142,12 @@ async def test_a_killed_engine_costs_nothing_either() -> None:
 
 
 async def test_a_stopped_worker_that_keeps_its_connection_is_taken_as_lost() -> None:
-    async with running(TWO, extra="[router.streams]\nidle_seconds = 1.0\n") as rig:
-        whole = await rig.text("hello", cache="bypass")
-        events = await disturbed(rig, 20, 1, rig.stream("hello", cache="bypass"), signal.SIGSTOP)
+    async with running(TWO, extra="[router.streams]\nidle_seconds = 3.0\n") as rig:
+        stream = rig.stream("hello", cache="bypass", max_tokens=200)
+        events = await disturbed(rig, 10, 1, stream, signal.SIGSTOP)
         for name in ("one", "two"):
             os.kill(rig.mesh.pid(name), signal.SIGCONT)
-        assert text_of(events) == whole
+        assert text_of(events) == said_by_the_fake("hello", 200)
         assert events[-1].replicas[0] != events[-1].replicas[1]
 
 
@@ -234,7 +232,7 @@ async def rest(rig: Rig, asked: dict[str, Any], **more: Any) -> list[Any]:
 
 
 class TestACallerWhoComesBack:
-    DRAWN: ClassVar[dict[str, Any]] = {"temperature": 1.0, "max_tokens": 80}
+    DRAWN: ClassVar[dict[str, Any]] = {"temperature": 1.0, "max_tokens": 200}
 
     async def test_finds_the_rest_of_a_draw_and_pays_for_each_token_once(self) -> None:
         async with limited(f"micros_per_day = {LIMIT}", step=0.01) as rig:
@@ -243,15 +241,14 @@ class TestACallerWhoComesBack:
             offset = last.chunk.token_offset + last.chunk.token_count
             after = await rest(rig, self.DRAWN, resume_from=offset, resume_of=start.request_id)
             text = "".join(m.chunk.text for m in before + after)
-            whole = await rest(rig, {**self.DRAWN, "seed": start.seed})
-            assert text == "".join(m.chunk.text for m in whole)
+            assert text == said_by_the_fake("hello", 200, temperature=1.0, seed=start.seed)
             assert after[1].chunk.token_offset == offset
             assert after[-1].usage.prompt_tokens == 0
-            total = last.usage.prompt_tokens + 80
-            assert offset + after[-1].usage.completion_tokens <= 80  # what was on its way when the caller left is paid
+            total = last.usage.prompt_tokens + 200
+            assert offset + after[-1].usage.completion_tokens <= 200  # what was on its way when the caller left is paid
 
             async def settled() -> bool:
-                return await spent(rig) == 2 * total
+                return await spent(rig) == total
 
             await until(settled)
 
@@ -264,19 +261,15 @@ class TestACallerWhoComesBack:
             for message in before[1:]:
                 has[message.chunk.choice] = message.chunk.token_offset + message.chunk.token_count
             after = await rest(rig, drawn, resume_from_choices=has, resume_of=start.request_id)
-            whole = await rest(rig, {**drawn, "seed": start.seed})
             for choice in range(2):
-                made, expected = (
-                    "".join(m.chunk.text for m in messages if m.chunk.choice == choice)
-                    for messages in (before + after, whole)
-                )
-                assert made == expected
+                made = "".join(m.chunk.text for m in before + after if m.chunk.choice == choice)
+                assert made == said_by_the_fake("hello", 200, temperature=1.0, seed=start.seed + choice)
             assert after[-1].usage.prompt_tokens == 0
-            total = last.usage.prompt_tokens + 160
-            assert sum(has) + after[-1].usage.completion_tokens <= 160
+            total = last.usage.prompt_tokens + 400
+            assert sum(has) + after[-1].usage.completion_tokens <= 400
 
             async def settled() -> bool:
-                return await spent(rig) == 2 * total
+                return await spent(rig) == total
 
             await until(settled)
 
@@ -284,7 +277,7 @@ class TestACallerWhoComesBack:
         async with running() as rig:
             before = await first_part(rig, 20, self.DRAWN, resumable=True)
             own = before[0].start.request_id
-            for asked, name in (({**self.DRAWN, "max_tokens": 81}, own), (self.DRAWN, "other")):
+            for asked, name in (({**self.DRAWN, "max_tokens": 201}, own), (self.DRAWN, "other")):
                 with pytest.raises(grpc.RpcError) as caught:
                     await rest(rig, asked, resume_from=20, resume_of=name)
                 assert from_rpc_error(caught.value).metadata["field"] == "resume_of"
@@ -307,17 +300,17 @@ class TestACallerWhoComesBack:
     async def test_by_the_client_library_gets_a_draw_whole_though_the_router_was_killed(self, choices: int) -> None:
         async with running(TWO) as rig:
             events, killed, seed = [], False, 0
-            async for event in rig.stream("hello", cache="bypass", resumes=100, n=choices, **SAMPLED):
+            stream = rig.stream("hello", cache="bypass", resumes=100, n=choices, max_tokens=100, **SAMPLED)
+            async for event in stream:
                 events.append(event)
                 if isinstance(event, Start):
                     seed = event.seed or 0
                 if isinstance(event, Text) and event.token_offset >= 20 and not killed:
                     killed = True
                     rig.kill("router")
-            stream = rig.stream("hello", cache="bypass", seed=seed, n=choices, **SAMPLED)
-            whole = [event async for event in stream]
             assert gapless(events)
-            assert [text_of(events, n) for n in range(choices)] == [text_of(whole, n) for n in range(choices)]
+            whole = [said_by_the_fake("hello", 100, seed=seed + n, **SAMPLED) for n in range(choices)]
+            assert [text_of(events, n) for n in range(choices)] == whole
 
 
 async def test_a_hedged_prefill_is_won_by_the_quicker_worker_and_frees_the_blocks_of_the_slower() -> None:

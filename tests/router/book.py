@@ -48,7 +48,7 @@ class Book:
         return caught.value
 
 
-async def until(condition: Any, bound: float = 20) -> Any:
+async def until(condition: Any, bound: float = 60.0) -> Any:
     async with asyncio.timeout(bound):
         while not (result := await condition()):
             await asyncio.sleep(0.01)

@@ -56,7 +56,7 @@ def run_valkey(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Po
     command = [binary, "--port", "0", "--unixsocket", socket, "--save", "", "--appendonly", "no", "--dir", folder]
     process = subprocess.Popen([*map(str, command), *options], stdout=subprocess.DEVNULL)
     client = redis.Redis(unix_socket_path=str(socket))
-    bound = time.monotonic() + 20
+    bound = time.monotonic() + 60
     while True:
         try:
             client.ping()
@@ -355,7 +355,7 @@ class Mesh:
             await server.start()
         self.fleet.start()
         self.quarantine.start()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not all(replica.usable for replica in self.fleet.replicas):
                 await asyncio.sleep(0.005)
 

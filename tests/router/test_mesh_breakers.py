@@ -46,7 +46,7 @@ async def second_router(rig: Rig) -> AsyncIterator[AsyncMesh]:
     finally:
         await client.close()
         process.terminate()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await process.wait()
 
 

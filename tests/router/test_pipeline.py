@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
@@ -48,7 +48,7 @@ async def tokens_charged(state: Redis) -> float:
     return max(0.0, int(value or 0) - seconds * 1_000_000 - micros) / 10_000  # 6,000 a minute: 10 ms each
 
 
-async def until(condition: Any, bound: float = 10) -> None:
+async def until(condition: Any, bound: float = 60.0) -> None:
     async with asyncio.timeout(bound):
         while not condition():
             await asyncio.sleep(0.005)
@@ -126,7 +126,7 @@ async def test_a_blocked_input_stops_the_worker_and_names_its_categories(mesh: A
     assert error.reason == Reason.INJECTION_SUSPECTED
     assert error.metadata["categories"] == "injection.override"
     worker = next(worker for worker in mesh.workers if worker.requests)
-    await asyncio.wait_for(worker.cancelled.wait(), 10)
+    await asyncio.wait_for(worker.cancelled.wait(), 60)
     assert mesh.cache.calls == ["look_up", "release"]
 
 
@@ -300,7 +300,7 @@ async def test_a_router_answers_nobody_before_it_has_heard_its_workers(mesh: Any
 async def test_a_worker_that_is_never_heard_holds_a_router_up_only_for_a_while(mesh: Any) -> None:
     fleet = Fleet([*mesh.config.workers, "unix:/nowhere"], ReplicaConfig(hear_seconds=0.2))
     fleet.start()
-    await asyncio.wait_for(fleet.introduced(), 20)
+    await asyncio.wait_for(fleet.introduced(), 60)
     await until(lambda: all(replica.usable for replica in fleet.replicas[:2]))
     await fleet.stop()
 
@@ -349,8 +349,8 @@ async def test_a_cancelled_stream_is_cancelled_at_the_worker_and_settled(mesh: A
     assert await tokens_charged(state) > 200  # the prompt's estimate, and a slice of 256
     call.cancel()
     worker = next(worker for worker in mesh.workers if worker.requests)
-    await asyncio.wait_for(worker.cancelled.wait(), 10)
-    async with asyncio.timeout(10):
+    await asyncio.wait_for(worker.cancelled.wait(), 60)
+    async with asyncio.timeout(60):
         while await tokens_charged(state) > 10:
             await asyncio.sleep(0.005)
     await until(lambda: mesh.cache.calls[-1] == "release")
@@ -363,8 +363,8 @@ async def test_a_passed_deadline_reaches_the_worker_and_is_settled(mesh: Any, st
         error = await failure(mesh.stream(timeout=0.5, sampling={"max_tokens": 5_000}))
         assert error.reason == Reason.DEADLINE
         worker = next(worker for worker in mesh.workers if worker.requests)
-        await asyncio.wait_for(worker.cancelled.wait(), 10)
-        async with asyncio.timeout(10):
+        await asyncio.wait_for(worker.cancelled.wait(), 60)
+        async with asyncio.timeout(60):
             while await tokens_charged(state) > 10:
                 await asyncio.sleep(0.005)
         await until(lambda: any(line["event"] == "request" for line in lines))
@@ -380,7 +380,7 @@ class TestDefaultDeadline:
     async def test_it_bounds_the_guard_and_the_cache_too(self, mesh: Any, part: str) -> None:
         getattr(mesh, part).hold = asyncio.Event()
         mesh.rekey((dataclasses.replace(mesh.config.keys[0], guard_failure="allow"),))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert (await failure(mesh.stream())).reason == Reason.DEADLINE
 
 
@@ -517,7 +517,7 @@ async def test_prefixes_are_salted_by_tenant_and_cache_key_and_never_by_the_call
     assert all(len(salt) == 16 for salt in salts)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(
     data=st.binary(max_size=200), method=st.sampled_from(["StreamGenerate", "Generate", "ListModels", "CountTokens"])
 )

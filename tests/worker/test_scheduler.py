@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshlm.worker.engine.scheduler import SchedulerSettings
@@ -236,7 +236,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None)
 @given(actions, st.integers(4, 24), st.sets(st.integers(1, 60), max_size=4), st.booleans())
 def test_whatever_arrives_all_ends_nothing_leaks_and_the_tokens_are_right(
     script: list[object], total_blocks: int, fail_at: set[int], chunk_invariant: bool

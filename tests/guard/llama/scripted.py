@@ -150,7 +150,7 @@ async def rig(
         stack.push_async_callback(workers.stop)
         judge = LlamaGuardJudge(JudgingModel(model, asking or said, said), said, workers)
         assert await judge.check()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(workers.serving(model)) < count:
                 await asyncio.sleep(0.01)
         for worker in scripted:

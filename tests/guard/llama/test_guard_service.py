@@ -74,7 +74,7 @@ async def test_a_guard_starts_without_its_models_worker_and_judges_once_it_is_th
         assert caught.value.retry_after is not None
         assert (await rig.check("a cake", "lax")).action == ALLOW  # by the rules alone, as its policy says
         await rig.worker.start()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 try:
                     verdict = await rig.check("a !harm")

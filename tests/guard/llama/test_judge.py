@@ -21,7 +21,7 @@ from tests.guard.llama.scripted import MODEL, rig
 DOWN = MeshError(Reason.ENGINE_LOST, "the engine is not ready")
 
 
-async def until(condition: object, seconds: float = 10.0) -> None:
+async def until(condition: object, seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # type: ignore[operator]
             await asyncio.sleep(0.01)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshlm.router.risk.breaker import Breaker, State, wilson
@@ -189,7 +189,7 @@ _STEP = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None)
 @given(steps=st.lists(_STEP, max_size=80))
 def test_valkeys_breaker_does_what_this_one_does(script: Script, steps: list[Any]) -> None:
     script.client.flushall()
@@ -212,7 +212,7 @@ def test_valkeys_breaker_does_what_this_one_does(script: Script, steps: list[Any
         assert (kept["trips"], kept["state"]) == (breaker.trips, breaker.state)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None)
 @given(seen=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3_000_000)), min_size=1, max_size=30))
 def test_risk_is_the_largest_that_was_seen_each_faded_by_half_in_ten_minutes(
     script: Script, seen: list[tuple[float, int]]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshlm.chassis.config import ConfigError, Source
@@ -45,7 +45,7 @@ class TestRules:
         assert book.resolve(query(labels={"a": "1"}, context=49)).model == "small"
         assert book.resolve(query(labels={"a": "1"}, context=50)).model == "large"
 
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+    @settings(max_examples=50, deadline=None)
     @given(
         bounds=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50)), min_size=1, max_size=6),
         context=st.integers(0, 60),

@@ -53,7 +53,7 @@ class TestRace:
         assert responses[0].start.routing.replica == "w0"
         assert list(responses[-1].end.replicas) == ["w1"]
         assert responses[-1].usage.prompt_tokens == 7
-        await asyncio.wait_for(warm.workers[0].cancelled.wait(), 10)
+        await asyncio.wait_for(warm.workers[0].cancelled.wait(), 60)
 
     async def test_a_second_worker_that_refuses_changes_nothing(self, warm: Any) -> None:
         warm.workers[1].refusal = MeshError(Reason.OVERLOADED, "full")
@@ -68,10 +68,10 @@ class TestRace:
         reading = asyncio.ensure_future(collect(warm.stream("x")))
         await until(lambda: warm.workers[1].requests)
         warm.workers[0].late.set()
-        responses = await asyncio.wait_for(reading, 10)
+        responses = await asyncio.wait_for(reading, 60)
         assert text_of(responses) == "Hello big world"
         assert list(responses[-1].end.replicas) == ["w0"]
-        await asyncio.wait_for(warm.workers[1].cancelled.wait(), 10)
+        await asyncio.wait_for(warm.workers[1].cancelled.wait(), 60)
 
     async def test_a_caller_who_leaves_cancels_both(self, warm: Any) -> None:
         warm.workers[1].late = asyncio.Event()
@@ -80,7 +80,7 @@ class TestRace:
         await until(lambda: all(worker.requests for worker in warm.workers))
         call.cancel()
         for worker in warm.workers:
-            await asyncio.wait_for(worker.cancelled.wait(), 10)
+            await asyncio.wait_for(worker.cancelled.wait(), 60)
 
 
 class TestWithoutBudget:

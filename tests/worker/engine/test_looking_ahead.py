@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import msgspec
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshlm.worker.engine.flight import Flight, Row
@@ -155,7 +155,7 @@ submits = st.tuples(
 actions = st.lists(st.one_of(submits, st.integers(0, 8), st.just("step"), st.just("step")), max_size=30)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None)
 @given(actions, st.integers(4, 24), st.sets(st.integers(1, 60), max_size=4))
 def test_whatever_happens_meanwhile_the_tokens_are_right_and_nothing_leaks(
     script: list[object], total_blocks: int, fail_at: set[int]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshlm.worker.loading.errors import ModelFileError
@@ -183,7 +183,7 @@ def test_gguf_metadata_that_cannot_be_met_is_refused(
 
 
 @given(st.data())
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_damaged_gguf_file_is_refused_in_words_or_read(
     small_gguf: bytes, tmp_path: Path, data: st.DataObject
 ) -> None:
