@@ -10,6 +10,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisClusterException, RedisError
 
 from meshlm.chassis.config import StateConfig
+from meshlm.chassis.shared_redis import SharedRedis
 
 
 class _Cluster(RedisCluster):
@@ -22,7 +23,7 @@ class _Cluster(RedisCluster):
 
 
 def connect(config: StateConfig) -> Redis:
-    """A client that opens connections as it needs them.
+    """A client for all callers of the process, which share a connection; in a cluster, it opens them as it needs them.
 
     Every command is bounded by `timeout_seconds` and none is retried, for that would eat the caller's time: callers
     go on without. Of use are commands and scripts over keys of one hash tag, which a cluster's client runs as well.
@@ -32,5 +33,5 @@ def connect(config: StateConfig) -> Redis:
         limits["socket_connect_timeout"] = config.timeout_seconds
     if config.cluster:
         return cast(Redis, _Cluster.from_url(config.redis_url, **limits))
-    client: Redis = Redis.from_url(config.redis_url, **limits)
+    client: Redis = SharedRedis.from_url(config.redis_url, **limits)
     return client
