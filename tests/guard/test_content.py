@@ -204,3 +204,44 @@ def test_without_a_judge_nothing_is_waited_for() -> None:
     check = Policy(PolicyConfig()).output_check()
     feed(check, PLAIN * 3)
     assert (check.released, check.judged) == (165, None)
+
+
+@given(PIECES, st.lists(st.integers(0, 500), max_size=10))
+@settings(max_examples=120, deadline=None)
+def test_text_that_is_gathered_as_the_check_asks_is_released_as_early_as_text_told_at_once(
+    parts: list[str], at: list[int]
+) -> None:
+    """Who tells a text later because nothing would come of it must be right in that."""
+    made = policy("strict")
+
+    async def compare() -> tuple[generation_pb2.Verdict, generation_pb2.Verdict]:
+        at_once, patient = made.output_check(), made.output_check()
+        gathered, size = "", 0
+        for piece in cuts("".join(parts), at):
+            await at_once.feed(piece)
+            gathered, size = gathered + piece, size + len(piece.encode())
+            if size >= patient.gather:
+                await patient.feed(gathered)
+                gathered = ""
+            assert patient.released == at_once.released
+        await at_once.feed("", last=True)
+        await patient.feed(gathered, last=True)
+        assert patient.released == at_once.released
+        return made.judge_output(at_once), made.judge_output(patient)
+
+    first, second = asyncio.run(compare())
+    assert first == second
+
+
+async def test_text_is_gathered_only_where_a_model_must_judge_before_it_goes_out() -> None:
+    strict, fast, ruled = policy("strict").output_check(), policy("fast").output_check(), Policy(PolicyConfig())
+    rules = ruled.output_check()
+    for check in (strict, fast, rules):
+        await check.feed("word ")
+    assert (strict.gather, fast.gather, rules.gather) == (64, 0, 0)
+    await strict.feed(PLAIN + "and more ")
+    assert strict.gather == 64 + 128  # it was judged after 16 tokens, and is 32 tokens on
+    held = policy("strict").output_check()
+    await held.feed(SECRET[:8].rjust(64, " "))
+    assert held.released < 64
+    assert held.gather == 0  # the next character may let out what a pattern holds

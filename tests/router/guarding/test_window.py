@@ -224,7 +224,7 @@ async def test_strict_lets_nothing_out_that_no_verdict_covers_and_reads_on_meanw
         await asyncio.sleep(0)
     assert out.text == ""
     assert judge.asked == 3  # two windows wait, and a third is why the guard takes no more
-    covered = 448 // 11 + 1  # messages up to the end of the third window
+    covered = 192 // 11 + 1  # messages up to the end of the second window: the third is told in one
     assert covered + 30 <= taken <= covered + 34  # and 32 tokens that the guard has not taken
     judge.gate.set()
     await running
@@ -379,3 +379,61 @@ async def test_choices_are_judged_apart() -> None:
     texts = {n: "".join(chunk.text for chunk in out.chunks if chunk.choice == n) for n in (0, 1)}
     assert texts == {0: "The key: ", 1: "Hello big world"}
     assert {m.choice for m in out.moderations if m.action == Moderation.ACTION_STOP} == {0}
+
+
+class Noting(Ward):
+    """Keeps what its guard is told."""
+
+    def __init__(self, ward: Ward) -> None:
+        super().__init__(self._noted, hold_tokens=ward.hold_tokens)
+        self._inner = ward._answers
+        self.told: list[str] = []
+
+    async def _noted(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async def noted() -> AsyncIterator[Any]:
+            async for request in requests:
+                if request.HasField("text"):
+                    self.told.append(request.text.text)
+                yield request
+
+        async for answer in self._inner(noted()):
+            yield answer
+
+
+async def test_a_token_a_message_is_told_to_the_guard_in_a_message_a_window() -> None:
+    """It judges after 16 tokens, 32 more, 64 more: what comes between would be told for nothing."""
+    ward = Noting(guarded("strict", WordJudge()))
+    pieces = ["word "] * 160
+    out = await seen(ward, worker(pieces))
+    assert out.text == "".join(pieces)
+    assert "".join(ward.told) == out.text
+    assert len(ward.told) < 20
+
+
+async def test_a_guard_that_asks_for_more_than_may_be_held_is_told_what_there_is() -> None:
+    def greedy(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async def answers() -> AsyncIterator[Any]:
+            told, last = 0, False
+            async for request in requests:
+                if request.HasField("text"):
+                    told, last = told + len(request.text.text), request.text.last
+                    yield guard_pb2.CheckOutputResponse(
+                        taken_chars=told, released_chars=told, final=last, gather_bytes=(1 << 32) - 1
+                    )
+
+        return answers()
+
+    ward = Noting(Ward(greedy, hold_tokens=16))
+    pieces = [f"{number} " for number in range(100)]
+    out = await seen(ward, worker(pieces))
+    assert out.text == "".join(pieces)
+    assert max(told.count(" ") for told in ward.told) == 16
+
+
+async def test_what_was_gathered_before_a_fault_of_the_worker_is_judged_too() -> None:
+    ward = Noting(guarded("strict", WordJudge()))
+    pieces = ["word "] * 30
+    with pytest.raises(MeshError) as raised:
+        await seen(ward, worker(pieces, failure=MeshError(Reason.ENGINE_LOST, "gone")))
+    assert raised.value.reason == Reason.ENGINE_LOST
+    assert "".join(ward.told) == "".join(pieces)

@@ -219,6 +219,7 @@ class CheckOutputResponse(google.protobuf.message.Message):
     TAKEN_CHARS_FIELD_NUMBER: builtins.int
     JUDGED_CHARS_FIELD_NUMBER: builtins.int
     REDACTIONS_FIELD_NUMBER: builtins.int
+    GATHER_BYTES_FIELD_NUMBER: builtins.int
     choice: builtins.int
     """Which choice, from 0."""
     released_chars: builtins.int
@@ -232,6 +233,10 @@ class CheckOutputResponse(google.protobuf.message.Message):
     judged_chars: builtins.int
     """Characters that a model has judged and that stand; never falls, and grows window by window. Released characters
     are within them, unless the policy releases first. Absent where no model judges.
+    """
+    gather_bytes: builtins.int
+    """Bytes (UTF-8) of the choice's text before which the guard will let no more out than this message does, for a model
+    judges there next: text may be gathered, and told in one message once there is so much. 0: tell each text at once.
     """
     @property
     def verdict(self) -> meshlm.v1.generation_pb2.Verdict:
@@ -251,9 +256,10 @@ class CheckOutputResponse(google.protobuf.message.Message):
         taken_chars: builtins.int = ...,
         judged_chars: builtins.int | None = ...,
         redactions: collections.abc.Iterable[global___Redaction] | None = ...,
+        gather_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_judged_chars", b"_judged_chars", "judged_chars", b"judged_chars", "verdict", b"verdict"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_judged_chars", b"_judged_chars", "choice", b"choice", "final", b"final", "judged_chars", b"judged_chars", "redactions", b"redactions", "released_chars", b"released_chars", "taken_chars", b"taken_chars", "verdict", b"verdict"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_judged_chars", b"_judged_chars", "choice", b"choice", "final", b"final", "gather_bytes", b"gather_bytes", "judged_chars", b"judged_chars", "redactions", b"redactions", "released_chars", b"released_chars", "taken_chars", b"taken_chars", "verdict", b"verdict"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_judged_chars", b"_judged_chars"]) -> typing.Literal["judged_chars"] | None: ...
 
 global___CheckOutputResponse = CheckOutputResponse

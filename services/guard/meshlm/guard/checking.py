@@ -129,6 +129,7 @@ class _Choice:
             final=check.decided,
             taken_chars=check.length,
             judged_chars=check.judged,
+            gather_bytes=check.gather,
         )
         if not self._policy.config.shadow:
             for redacted in check.redacted[self._redacted :]:

@@ -33,7 +33,7 @@ class ContentWatch:
         """`windows`: see `Lookback`. `strict`: hold what is not judged, and what is in doubt."""
         self.weigh = weigh
         self.lookback = Lookback(windows)
-        self._strict = strict
+        self.strict = strict
         self._doubt: Finding | None = None  # of the last window, if it was soft
         self.found: Finding | None = None
         self.decided_at = 0
@@ -45,7 +45,7 @@ class ContentWatch:
 
     def clear(self, length: int) -> int:
         """Characters that this watch lets go, of `length`."""
-        return min(length, self.standing) if self._strict or self.found is not None else length
+        return min(length, self.standing) if self.strict or self.found is not None else length
 
     def take(self, view: View, weighed: Weighed, *, last: bool) -> None:
         """The opinion of the next window; `last`: the answer ends with it."""

@@ -52,6 +52,11 @@ class Lookback:
         self._bytes = 0
         self.length = 0  # characters
 
+    @property
+    def next_place(self) -> int:
+        """Where it is judged next, bytes."""
+        return self._bytes + self._left
+
     def room(self, text: str) -> int:
         """Characters of `text` up to the next place, or all of them; feed no more at a time."""
         return _covering(text, self._left)

@@ -70,6 +70,16 @@ class OutputCheck:
         return None if self._content is None else self._content.standing
 
     @property
+    def gather(self) -> int:
+        """Bytes of the text before which no more is released than now, whatever comes; 0: not known."""
+        content = self._content
+        if content is None or not content.strict or self._shadow or self._ended or self._failure is not None:
+            return 0
+        if self.blocked is not None or self._released < content.standing:  # a pattern holds what was judged
+            return 0
+        return content.lookback.next_place
+
+    @property
     def ended(self) -> bool:
         """Whether the text was said to end."""
         return self._ended

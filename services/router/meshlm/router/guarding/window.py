@@ -50,6 +50,11 @@ class _Held:
 
     chunks: deque[tuple[pb.Chunk, int]] = field(default_factory=deque)  # with where its text begins, characters
     chars: int = 0  # received
+    size: int = 0  # the same, bytes
+    told: int = 0  # characters that the guard was told
+    gather: int = 0  # bytes before which it lets no more out, whatever it is told
+    gathered: list[str] = field(default_factory=list)  # what it was not told yet
+    gathered_tokens: int = 0
     ended: bool = False  # its last chunk was received
     released: int = 0
     taken: int = 0
@@ -67,7 +72,7 @@ class _Held:
     @property
     def owed(self) -> bool:
         """Whether the guard has something to say yet."""
-        return not self.blocked and not self.final and (self.taken < self.chars or self.ended)
+        return not self.blocked and not self.final and (self.taken < self.told or self.ended)
 
 
 class OutputWindow:
@@ -247,6 +252,7 @@ class OutputWindow:
                 raise _nonsense()
             held.redactions.add(found)
         held.released, held.taken = response.released_chars, response.taken_chars
+        held.gather = response.gather_bytes
         held.final = held.final or response.final
         held.verdict = response.verdict
         while held.untaken and (held.final or held.untaken[0][0] <= held.taken):
@@ -277,16 +283,19 @@ class OutputWindow:
             held.sent = len(skipped)
         text, last = skipped + chunk.text, chunk.finish_reason != pb.FINISH_REASON_UNSPECIFIED
         held.chars += len(text)
+        held.size += len(text) if text.isascii() else len(text.encode())
         held.ended = last
         if not self._open:
             return list(self._pass())
         if not (text or last):
             return list(_pop(held))  # token counts follow what went out before them, and never overtake held text
+        held.gathered.append(text)
+        held.gathered_tokens += chunk.token_count
+        if not last and held.size < held.gather and held.gathered_tokens < self._ward.hold_tokens:
+            return []  # nothing would come of telling it now
         if not any(other.owed for other in self._held.values() if other is not held) and not held.untaken:
             self._heard_at = time.monotonic()
-        held.untaken.append((held.chars, chunk.token_count))
-        message = guard_pb2.OutputText(choice=chunk.choice, text=text, last=last)
-        return await self._write(guard_pb2.CheckOutputRequest(text=message))
+        return await self._write(_telling(held, chunk.choice))
 
     async def _write(self, request: guard_pb2.CheckOutputRequest) -> list[Event]:
         """Tell the guard. What goes out if it cannot be told."""
@@ -303,6 +312,9 @@ class OutputWindow:
         if self._open:
             self._ending, self._heard_at = True, time.monotonic()
             with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+                for choice, held in self._held.items():
+                    if held.gathered and not held.blocked:
+                        await self._call.write(_telling(held, choice))
                 await self._call.done_writing()
 
     def _fail(self, error: BaseException) -> list[Event]:
@@ -317,6 +329,16 @@ class OutputWindow:
             if not held.blocked:
                 held.released, held.final = held.chars, True
                 yield from _pop(held)
+
+
+def _telling(held: _Held, choice: int) -> guard_pb2.CheckOutputRequest:
+    """What the guard was not told yet of a choice."""
+    message = guard_pb2.OutputText(choice=choice, text="".join(held.gathered), last=held.ended)
+    held.untaken.append((held.chars, held.gathered_tokens))
+    held.told = held.chars
+    held.gathered.clear()
+    held.gathered_tokens = 0
+    return guard_pb2.CheckOutputRequest(text=message)
 
 
 def _pop(held: _Held) -> Iterator[pb.Chunk]:
