@@ -263,13 +263,13 @@ class Pipeline:
     ) -> AsyncGenerator[Response, None]:
         # Prefill and guard run at the same time; nothing leaves before the verdict.
         self._prover.sample(work)
-        dispatching = asyncio.create_task(self._dispatch(work)) if not screening.done() else None
+        dispatching = asyncio.create_task(self._dispatch(work)) if self._guards.present else None
         window = self._guards.open_output(work.request_id, work.key, work.generation.input, work.wording().canaries)
         call: LastingCall | None = None
         try:
             work.input_verdict = await screening
-            call = await (dispatching or self._dispatch(work))
             await window.open()
+            call = await (dispatching or self._dispatch(work))
             budget = await self._open_budget(work)
             spent = False
             yield self._tell(work, start=self._start(work))

@@ -35,7 +35,7 @@ _PRIORITIES = {
 }
 
 
-@dataclass
+@dataclass(slots=True)
 class Work:
     request_id: str
     trace_id: str

@@ -79,6 +79,12 @@ class Replica:
         self.on_end: Callable[[], None] | None = None  # told when one of its places comes free
         self.channel = open_channel(target, retryable=[(_SERVICE, "CountInputTokens")])
         self.stub: Any = worker_pb2_grpc.WorkerServiceStub(self.channel)
+        # Of one serialized request, in a list: the call keeps the list for as long as it lasts, and not the prompt.
+        self.run: Any = self.channel.unary_stream(
+            f"/{_SERVICE}/RunGeneration",
+            request_serializer=list.pop,
+            response_deserializer=worker_pb2.RunGenerationResponse.FromString,
+        )
         self.state: worker_pb2.WatchLoadResponse | None = None  # None while it cannot be heard
         self.quarantined = False  # proven wrong: it gets no requests
         self.health = Health()

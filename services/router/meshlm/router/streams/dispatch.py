@@ -220,7 +220,8 @@ async def _offer(
     }
     span = tracer().start_span(f"{_SERVICE}/RunGeneration", kind=SpanKind.CLIENT, attributes=attributes)
     with trace.use_span(span, end_on_exit=False):
-        call = replica.stub.RunGeneration(request, timeout=work.seconds_left(), metadata=outgoing_metadata())
+        sent = [request.SerializeToString()]
+        call = replica.run(sent, timeout=work.seconds_left(), metadata=outgoing_metadata())
     attempt = attempt or replica.begin(work.prefix, max(0, work.measure.tokens - work.choice.cached(replica)))
     taken, reason = False, None
     try:

@@ -100,6 +100,7 @@ class LastingCall:
         work, chunk = self._work, message.chunk
         if not self._begun:
             self._begun = True
+            work.prefix = None  # its replica is found: whoever looks for another reads the prompt again
         self._call.idle_seconds = self._config.idle_seconds
         self._fresh = self._fresh or chunk.token_count > 0
         if chunk.choice >= work.choices:
