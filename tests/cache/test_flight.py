@@ -213,10 +213,10 @@ async def test_a_store_that_is_killed_is_lost_at_once_and_back_when_it_is(mortal
         await asyncio.wait_for(waiting, 60)
     with pytest.raises(StoreLostError):
         await rig.flights.land(KEY, leader.flight, ANSWER)
-    assert rig.store.resting
+    assert not rig.store.breaker.admits()
     mortal_valkey.start()
     assert (await rig.flights.look_up(KEY, wait=0)).outcome is Outcome.LEAD
-    assert not rig.store.resting
+    assert rig.store.breaker.admits()
     await rig.close()
 
 

@@ -129,3 +129,25 @@ async def test_answers_and_flights_of_every_tenant_are_kept_on_whichever_node_th
         assert await store.store(key, "flight", answer, 60)
         assert (await store.find_or_lead(key, "other", 10)).answer == answer
     await store.close()
+
+
+async def test_scripts_that_a_node_forgot_are_told_to_it_again(cluster: list[int]) -> None:
+    state = StateConfig(redis_url=f"redis://127.0.0.1:{cluster[0]}", cluster=True, timeout_seconds=5)
+
+    def forget() -> None:
+        for port in cluster:
+            redis.Redis(port=port).flushall()
+            redis.Redis(port=port).script_flush()
+
+    client, config, store = connect(state), _config(), Store(state, retry_seconds=0)
+    ledger, book = Ledger(client, config), LimitBook(config)
+    for key in config.keys:
+        forget()
+        reservation = await ledger.reserve(key.id, book.terms(key, "m"), 10, 100)
+        assert reservation.mode == "shared"
+        assert (await store.find_or_lead(_key(key.tenant), "flight", 10)).lead
+        await ledger.settle(reservation, Usage(10, completion=50))
+    assert not ledger._breaker.open
+    await ledger.stop()
+    await client.aclose()
+    await store.close()

@@ -607,7 +607,7 @@ async def test_a_guard_that_is_down_is_not_asked_each_time(mesh: Any) -> None:
         assert (await failure(mesh.stream(f"hi {number}"))).reason == Reason.GUARD_UNAVAILABLE
     assert len(mesh.guard.inputs) == 3  # then the breaker is open
     mesh.guard.down = False
-    mesh.guards.breaker._next_try = 0.0
+    mesh.guards.breaker._until = 0.0
     assert text_of(await collect(mesh.stream("again"))) == "Hello big world"
     assert not mesh.guards.breaker.open
 

@@ -115,7 +115,7 @@ async def test_operations_whose_answers_were_lost_are_charged_once_when_the_ledg
         process.send_signal(signal.SIGSTOP)
         lost = await book.reserve(100, 1000)
         assert lost.mode == "emergency"
-        book.ledger._paused_until = 0.0
+        book.ledger._breaker._until = 0.0
         await book.refused(20_000)  # by the share, after it was asked for in vain: nobody will settle it
         await book.ledger.extend(lost, Usage(100, completion=256), 512)
         assert not await book.ledger.settle(known, Usage(100, completion=50))

@@ -120,7 +120,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
 
     async def _look_up(self, key: Key, wait: float, *, refresh: bool) -> Landing | None:
         """None where the store cannot be had."""
-        if self._store.resting:
+        if not self._store.breaker.allows():
             return None
         try:
             return await self._flights.look_up(key, wait=wait, refresh=refresh)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ from redis.exceptions import RedisError
 
 from meshlm.cache.key import Key
 from meshlm.chassis import telemetry
+from meshlm.chassis.breaker import Breaker
 from meshlm.chassis.config import StateConfig
 from meshlm.chassis.state import connect
 from meshlm.chassis.telemetry import Name
@@ -70,20 +70,14 @@ class Store:
 
     def __init__(self, state: StateConfig, retry_seconds: float) -> None:
         self._timeout = state.timeout_seconds
-        self._retry_seconds = retry_seconds
+        self.breaker = Breaker(1, retry_seconds)  # whoever means to go on without asks it before
         self._redis = connect(state)
         self._find = self._redis.register_script(_FIND_OR_LEAD)
         self._store = self._redis.register_script(_STORE)
         self._release = self._redis.register_script(_RELEASE)
-        self._failed_at: float | None = None
         self._failures = telemetry.meter().create_counter(
             Name.CACHE_STATE_FAILURES, "1", "Commands to Redis that failed"
         )
-
-    @property
-    def resting(self) -> bool:
-        """Whether Redis failed so recently that lookups do not ask it."""
-        return self._failed_at is not None and time.monotonic() < self._failed_at + self._retry_seconds
 
     async def find_or_lead(self, key: Key, flight: str, lease: float, *, refresh: bool = False) -> Found:
         """The answer; or the lead, held by `flight` for `lease` seconds; or neither. Corrupt answers are deleted."""
@@ -125,13 +119,16 @@ class Store:
                 yield
         except (RedisError, OSError, TimeoutError) as error:
             self._failures.add(1)
-            if self._failed_at is None:
+            if not self.breaker.open:
                 log.warning("the store is lost: lookups are misses", error=type(error).__name__)
-            self._failed_at = time.monotonic()
+            self.breaker.fail()
             raise StoreLostError from None
-        if self._failed_at is not None:
+        except BaseException:
+            self.breaker.leave()
+            raise
+        if self.breaker.open:
             log.info("the store is back")
-            self._failed_at = None
+        self.breaker.succeed()
 
 
 def _milliseconds(seconds: float) -> int:

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import grpc
 import structlog
 
+from meshlm.chassis.breaker import Breaker
 from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.chassis.telemetry import Name, client_span
 from meshlm.guard.judging import JudgeError
-from meshlm.guard.llama.breaker import Breaker
 from meshlm.guard.llama.config import LlamaGuardConfig
 from meshlm.v1 import worker_pb2, worker_pb2_grpc
 
@@ -24,6 +24,8 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 _SERVICE = "meshlm.v1.WorkerService"
+# Longest time that a worker is left alone, in doublings of the first.
+_DOUBLINGS = 3
 _RETRY_SECONDS = 0.2
 # A worker tells its load every second.
 _SILENCE_SECONDS = 10.0
@@ -46,7 +48,7 @@ class Replica:
         self.channel = open_channel(target)
         self.stub: Any = worker_pb2_grpc.WorkerServiceStub(self.channel)
         self.state: worker_pb2.WatchLoadResponse | None = None  # None while it cannot be heard
-        self.breaker = Breaker(config.breaker_failures, config.breaker_seconds)
+        self.breaker = Breaker(config.breaker_failures, config.breaker_seconds, doublings=_DOUBLINGS)
         self._seconds = config.timeout_seconds
 
     @property

@@ -16,6 +16,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from meshlm.chassis.breaker import Breaker
 from meshlm.chassis.errors import MeshError
 from meshlm.chassis.telemetry import Name, meter
 from meshlm.router.accounts.emergency import EmergencyLimits
@@ -26,7 +27,8 @@ from meshlm.router.config import RouterConfig
 
 log = structlog.get_logger()
 
-# A ledger that failed is left alone this long, so that its timeout is not paid by every request, seconds.
+# A ledger that failed is left alone this long, seconds; then one operation at a time asks it. So not every request pays
+# its timeout.
 _PAUSE = 1.0
 # Settlements kept for a ledger that does not answer.
 _OWED = 10_000
@@ -43,7 +45,7 @@ class Ledger:
         self._lease_ms = round(config.lease_seconds * 1000)
         self._clock = clock
         self._emergency = EmergencyLimits(config.emergency_share, clock)
-        self._paused_until = 0.0
+        self._breaker = Breaker(1, _PAUSE, clock=clock)
         self._answers: bool | None = None  # until it was asked
         self._owed: deque[tuple[Reservation, Usage]] = deque(maxlen=_OWED)
         self._paying: asyncio.Task[None] | None = None
@@ -172,7 +174,7 @@ class Ledger:
         """The script's answer; None where the ledger gives none."""
         reservation.number += 1
         reservation.touched = self._clock()
-        if self._script is None or reservation.touched < self._paused_until:
+        if self._script is None or not self._breaker.allows():
             return None
         keys = [f"meshlm:{{{reservation.terms.tenant}}}:reservation:{reservation.id}"]
         words = [f"{operation} {reservation.number} {wanted} {least} {self._expiry_ms} {self._lease_ms}"]
@@ -181,21 +183,25 @@ class Ledger:
             words.append(f"{limit.rule} {line.fixed!r} {line.each!r}")
         try:
             answer: list[int] = await self._script(keys=keys, args=[reservation.id, " ".join(words)])
-        except (RedisError, OSError, TimeoutError):
+        except (RedisError, OSError, TimeoutError) as error:
             reservation.doubtful = True
-            self._pause()
+            self._pause(error)
             return None
+        except BaseException:
+            self._breaker.leave()
+            raise
         self._note_answer()
         return answer
 
-    def _pause(self) -> None:
-        self._paused_until = self._clock() + _PAUSE
+    def _pause(self, error: Exception) -> None:
+        self._breaker.fail()
         if self._answers is not False:
-            log.warning("the ledger does not answer: emergency limits are in force", exc_info=True)
+            log.warning("the ledger does not answer: emergency limits are in force", error=type(error).__name__)
             self._state.set(1)
         self._answers = False
 
     def _note_answer(self) -> None:
+        self._breaker.succeed()
         if self._answers is False:
             log.info("the ledger answers again")
         if not self._answers:

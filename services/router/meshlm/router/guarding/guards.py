@@ -11,12 +11,12 @@ import structlog
 from opentelemetry.trace import Span
 
 from meshlm.chassis import telemetry
+from meshlm.chassis.breaker import Breaker
 from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error, invalid
 from meshlm.chassis.telemetry import Name, client_span, fail
 from meshlm.router.config import KeyConfig, RouterConfig
-from meshlm.router.guarding.breaker import Breaker
 from meshlm.router.guarding.window import OutputWindow
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import guard_pb2, guard_pb2_grpc

@@ -16,6 +16,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from meshlm.chassis.breaker import Breaker as Reach
 from meshlm.chassis.telemetry import Name, meter
 from meshlm.router.risk.breaker import Breaker, State
 from meshlm.router.risk.config import BreakerConfig, RiskConfig
@@ -86,7 +87,7 @@ class Standings:
         self._clock = clock
         self._chance = chance or Random()  # noqa: S311  it spreads load, and keeps no secret
         self._own = _Own(self._half_life, breakers)
-        self._paused_until = 0.0
+        self._breaker = Reach(1, _PAUSE, clock=clock)  # of the store
         self._answers = True
         self._alone = meter().create_gauge(
             Name.RISK_LOCAL, "1", "1 while this router knows callers' risk by itself only"
@@ -117,7 +118,7 @@ class Standings:
         self, operation: str, caller: Caller, identifier: str, keys: list[str], **told: object
     ) -> list[object] | None:
         """The script's answer; None where there is none."""
-        if self._script is None or self._clock() < self._paused_until:
+        if self._script is None or not self._breaker.allows():
             return None
         config = self._breakers
         ask = {
@@ -133,19 +134,24 @@ class Standings:
         }
         try:
             answer: list[object] = await self._script(keys=keys, args=[json.dumps(ask)])
-        except (RedisError, OSError, TimeoutError):
-            self._pause()
+        except (RedisError, OSError, TimeoutError) as error:
+            self._pause(error)
             return None
+        except BaseException:
+            self._breaker.leave()
+            raise
+        self._breaker.succeed()
         if not self._answers:
             log.info("callers' standing is shared again")
             self._alone.set(0)
         self._answers = True
         return answer
 
-    def _pause(self) -> None:
-        self._paused_until = self._clock() + _PAUSE
+    def _pause(self, error: Exception) -> None:
+        self._breaker.fail()
         if self._answers:
-            log.warning("callers' standing is not shared: this router's own account counts", exc_info=True)
+            told = type(error).__name__
+            log.warning("callers' standing is not shared: this router's own account counts", error=told)
             self._alone.set(1)
         self._answers = False
 
