@@ -96,11 +96,11 @@ class Ends:
                 if number == most:
                     return
 
-    def work(self, **fields: Any) -> Work:
+    def work(self, *, seconds: float = 20.0, **fields: Any) -> Work:
         self.told, self.text = 0, self.text or f"n {next(self._numbers)}"
         request = inference_pb2.StreamGenerateRequest(generation=self.mesh.generation(self.text, **fields))
         number = next(self._numbers)
-        return Work.begin(request, self.mesh.config.callers[0], (f"r{number}", "0" * 32), 20.0, self.mesh.config)
+        return Work.begin(request, self.mesh.config.callers[0], (f"r{number}", "0" * 32), seconds, self.mesh.config)
 
     async def nothing_is_left(self, work: Work) -> None:
         """Raises TimeoutError where something stays."""
@@ -248,6 +248,61 @@ async def test_a_reader_that_leaves_after_any_message_leaves_nothing_behind(ends
         with suppress(MeshError):
             await ends.run(work, most)
         await ends.nothing_is_left(work)
+
+
+def of_each_worker(**fields: Any) -> Callable[[Ends], None]:
+    def set_up(ends: Ends) -> None:
+        for worker in ends.mesh.workers:
+            for name, value in fields.items():
+                setattr(worker, name, value)
+
+    return set_up
+
+
+def of_the_guard(**fields: Any) -> Callable[[Ends], None]:
+    def set_up(ends: Ends) -> None:
+        for name, value in fields.items():
+            setattr(ends.mesh.guard, name, value)
+
+    return set_up
+
+
+FAULTS: dict[str, tuple[Callable[[Ends], None], Reason, dict[str, Any]]] = {
+    "the guard is down": (of_the_guard(down=True), Reason.GUARD_UNAVAILABLE, {}),
+    "the guard will not judge it": (
+        of_the_guard(declines=MeshError(Reason.GUARD_UNAVAILABLE, "no")),
+        Reason.GUARD_UNAVAILABLE,
+        {},
+    ),
+    "the input is blocked": (lambda ends: setattr(ends, "text", "attack"), Reason.INJECTION_SUSPECTED, {}),
+    "workers are full": (of_each_worker(refusal=MeshError(Reason.OVERLOADED, "full")), Reason.OVERLOADED, {}),
+    "workers find it wrong": (
+        of_each_worker(refusal=MeshError(Reason.REQUEST_INVALID, "no")),
+        Reason.REQUEST_INVALID,
+        {},
+    ),
+    "workers are lost in turn": (
+        of_each_worker(failure=MeshError(Reason.ENGINE_LOST, "gone")),
+        Reason.ENGINE_LOST,
+        {},
+    ),
+    "a worker talks nonsense": (of_each_worker(shift=1), Reason.INTERNAL, {}),
+    "a worker never begins": (of_each_worker(late=asyncio.Event()), Reason.DEADLINE, {"seconds": 0.3}),
+    "a worker stops in its midst": (of_each_worker(stalls_at=2), Reason.DEADLINE, {"seconds": 0.3}),
+    "a worker never accepts": (of_each_worker(accepts=asyncio.Event()), Reason.DEADLINE, {"seconds": 0.3}),
+    "nobody serves it": (lambda ends: None, Reason.MODEL_UNKNOWN, {"model": "unheard-of"}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_whatever_fails_leaves_nothing_behind(ends: Ends, fault: str) -> None:
+    set_up, reason, fields = FAULTS[fault]
+    set_up(ends)
+    work = ends.work(**fields)
+    with pytest.raises(MeshError) as caught:
+        await ends.run(work)
+    assert caught.value.reason == reason
+    await ends.nothing_is_left(work)
 
 
 async def _awaited(running: Any) -> bool:
