@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from meshlm.kernels.native import ops
 from meshlm.kernels.native.library import Library, NativeUnavailableError, open_library, supported_isas
 from meshlm.kernels.native.structures import Draw
+from meshlm.kernels.sample import NO_TOKEN
 from meshlm.worker.engine.sampler import filter_logits
 from meshlm.worker.messages import Sampling
 
@@ -137,22 +138,39 @@ def test_thousands_of_equals_end_the_search(library: Library) -> None:
     assert ops.sample(library, logits.repeat(3, 1), draws) == [4999, 4999, 17]
 
 
-def test_greedy_takes_the_lowest_of_equals_and_never_what_is_no_number(library: Library) -> None:
+def test_greedy_takes_the_lowest_of_equals(library: Library) -> None:
     greedy = Draw(0.0, 1.0, 0.0, 0, 0.5)
     for vocab in (1, 5, 16, 47, 1000):
         logits = torch.zeros(vocab)
         logits[vocab // 2 :] = 3.0
         assert ops.sample(library, logits.unsqueeze(0), [greedy]) == [vocab // 2]
-        logits[: max(1, vocab // 3)] = math.nan
-        assert ops.sample(library, logits.unsqueeze(0), [greedy]) == [vocab // 2]
-    assert ops.sample(library, torch.full((1, 20), math.nan), [greedy]) == [0]
-    assert ops.sample(library, torch.full((1, 20), -math.inf), [greedy]) == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_nothing_is_drawn_of_a_row_that_is_no_distribution(library: Library, temperature: float) -> None:
+    """One logit that is no number, wherever it lies in a vector's lanes or behind the last; all; or nothing at all."""
+    draw = Draw(temperature, 0.9, 0.0, 5, 0.5)
+    for vocab in (1, 5, 16, 47, 1000):
+        for at in {0, vocab // 2, vocab - 1}:
+            logits = torch.zeros(2, vocab)
+            logits[0, at] = math.nan
+            drawn = ops.sample(library, logits, [draw, Draw(0.0, 1.0, 0.0, 0, 0.5)])
+            assert drawn == [NO_TOKEN, 0]  # the row beside it is drawn of
+    for nothing in (math.nan, -math.inf):
+        assert ops.sample(library, torch.full((1, 20), nothing), [draw]) == [NO_TOKEN]
+
+
+def test_scores_of_a_row_with_what_is_no_number_are_none(library: Library) -> None:
+    for at in (0, 37):
+        logits = torch.randn(40)
+        logits[at] = math.nan
+        assert math.isnan(ops.log_sum_exp(library, logits))
 
 
 def test_what_cannot_be_drawn_is_not_drawn(library: Library) -> None:
-    """No numbers, masked tokens, and overflow past the greatest float; for u at both ends."""
+    """Masked tokens, and overflow past the greatest float; for u at both ends."""
     logits = torch.full((100,), -math.inf)
-    logits[40:44] = torch.tensor([math.nan, 1.0, math.nan, -math.inf])
+    logits[41] = 1.0
     for u in (0.0, 0.5, 1 - 2**-53):
         for k, p, m in [(0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.2)]:
             assert ops.sample(library, logits.unsqueeze(0).clone(), [Draw(1.0, p, m, k, u)]) == [41]

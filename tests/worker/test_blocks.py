@@ -126,6 +126,25 @@ def test_a_cached_block_is_never_given_away_before_one_behind_it(steps: list[tup
         assert pool.cached == len(reachable)
 
 
+def test_what_is_retracted_is_not_found_and_goes_back_like_any_other() -> None:
+    pool = BlockPool(4)
+    hashes = chain([1] * 8)
+    table = filled(pool, [1] * 8)
+    shared = pool.acquire(hashes, 2)
+    assert shared == (table, 2)
+    pool.retract(table)
+    assert pool.known(hashes) == 0
+    assert [pool.holders(block) for block in table] == [2, 2]
+    pool.release(table)
+    pool.release(shared[0])
+    assert pool.free == 4
+    assert pool.cached == 0
+    again = pool.acquire(hashes, 2)
+    assert again is not None
+    publish(pool, again[0], hashes)
+    assert pool.known(hashes) == 2
+
+
 def test_freeing_twice_is_noticed() -> None:
     pool = BlockPool(2)
     table = pool.acquire([], 1)

@@ -138,6 +138,7 @@ def test_the_load_is_scraped_as_the_engine_last_told_it(rig: Rig) -> None:
         cancelled_total=1,
         freed_after_cancel_total=4,
         out_of_memory_total=0,
+        non_finite_total=0,
     )
     metrics = rig.metrics()
     assert metrics["meshlm.engine.running"].value == 3

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshlm.worker.engine.scheduler import SchedulerSettings
-from meshlm.worker.fake import END, expected_tokens
+from meshlm.worker.fake import BROKEN, END, expected_tokens
 from meshlm.worker.messages import Finish, Sampling, Submit
 from tests.worker.engine.bench import GREEDY, SMALL, bench, submit
 
@@ -174,6 +174,21 @@ def test_out_of_memory_for_a_single_sequence_does_not_end_the_engine() -> None:
     b.engine.submit(submit("second", [1, 2]))
     b.drain()
     assert b.finished["second"].reason is Finish.LENGTH
+
+
+def test_no_numbers_end_a_sequence_and_what_it_computed_is_not_found_again() -> None:
+    b = bench()
+    broken = list(BROKEN) * 3  # more than a block of the fake
+    b.engine.submit(submit("broken", broken, max_tokens=8))
+    b.engine.submit(submit("sound", [1, 2, 3], max_tokens=8))
+    b.drain()
+    assert b.finished["broken"].reason is Finish.NON_FINITE
+    assert b.tokens["broken"] == expected_tokens(broken, GREEDY, 3)  # what was drawn before is told
+    assert b.finished["sound"].reason is Finish.LENGTH
+    assert b.scheduler.load().non_finite_total == 1
+    b.engine.submit(submit("again", broken, max_tokens=3))
+    b.drain()
+    assert b.finished["again"].cached_tokens == 0
 
 
 def test_stop_token_is_told_in_the_end_and_not_as_text() -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
-from meshlm.worker.fake import CRASH, HANG, KILL, OUT_OF_MEMORY, expected_tokens
+from meshlm.worker.fake import BROKEN, CRASH, HANG, KILL, OUT_OF_MEMORY, expected_tokens
 from meshlm.worker.messages import Sampling
 from tests.worker.workers import STARTING_SECONDS, Worker, error_of, running
 
@@ -112,6 +112,15 @@ async def test_a_deadline_ends_the_sequence_in_the_engine() -> None:
 async def test_out_of_memory_ends_one_call_and_the_worker_lives() -> None:
     async with running() as worker:
         assert (await error_of(collect(worker.call(OUT_OF_MEMORY.decode())))).reason is Reason.OUT_OF_MEMORY
+        assert answer(await collect(worker.call())) == expected("hello", 6)
+        assert (await worker.state()).counters.engine_starts == 1
+
+
+async def test_no_numbers_end_a_call_as_internal_and_the_worker_lives() -> None:
+    async with running() as worker:
+        error = await error_of(collect(worker.call(BROKEN.decode())))
+        assert error.reason is Reason.INTERNAL
+        assert "no number" in error.message
         assert answer(await collect(worker.call())) == expected("hello", 6)
         assert (await worker.state()).counters.engine_starts == 1
 

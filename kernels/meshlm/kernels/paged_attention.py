@@ -22,13 +22,15 @@ MOST_ROWS = 32  # of a group: each gathers a copy of its context
 class DecodeGroup:
     """Neighbouring rows of one rounded length. Made once a step, used by every layer.
 
-    blocks: (rows * rounded / block_size,) int64, padded with block 0; mask: (kv_heads * rows, 1, rounded), 0 or -inf.
+    blocks: (rows * rounded / block_size,) int64, padded with block 0; mask: (kv_heads * rows, 1, rounded), 0 or -inf;
+    hidden: (kv_heads * rows, rounded, 1) bool, where the mask is -inf.
     Where there is a window, a row's blocks start with the one that holds the first token of its window.
     """
 
     rows: int
     blocks: torch.Tensor
     mask: torch.Tensor
+    hidden: torch.Tensor
 
 
 def tile_tokens(block_size: int) -> int:
@@ -72,7 +74,8 @@ def plan_decode(
                 ends.append(lengths[row] - skipped * block_size)
             mask = _mask(torch.tensor(ends).unsqueeze(1), rounded, window, dtype)
             spread = mask.repeat(kv_heads, 1).unsqueeze(1).to(device)
-            groups.append(DecodeGroup(len(members), torch.tensor(blocks).to(device), spread))
+            hidden = spread.transpose(1, 2).isneginf()
+            groups.append(DecodeGroup(len(members), torch.tensor(blocks).to(device), spread, hidden))
     return tuple(groups)
 
 
@@ -105,7 +108,9 @@ def _attend_group(query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup, 
     rows, heads, head_dim = query.shape
     kv_heads = cache.shape[1]
     shared = heads // kv_heads
-    keys, values = gather_kv(cache, group.blocks).view(2, kv_heads * rows, -1, head_dim)
+    gathered = gather_kv(cache, group.blocks).view(2, kv_heads * rows, -1, head_dim)
+    # What is hidden may be another sequence's, and no numbers: neither a mask nor a weight of 0 takes a NaN away.
+    keys, values = gathered.masked_fill_(group.hidden, 0.0)
     per_head = query.view(rows, kv_heads, shared, head_dim).transpose(0, 1).reshape(-1, shared, head_dim)
     scores = torch.baddbmm(group.mask, per_head, keys.transpose(1, 2), alpha=scale)
     out = torch.bmm(torch.softmax(scores, -1), values)

@@ -33,7 +33,10 @@ def prefill_attention(
     group, tile = heads // kv_heads, tile_tokens(block_size)
     first, last = start // tile, (start + tokens - 1) // tile
     skipped = _first_seen(first, tile, window)
-    keys, values = gather_kv(cache, blocks[skipped // block_size :])
+    gathered = gather_kv(cache, blocks[skipped // block_size :])
+    # What lies behind may be another sequence's, and no numbers: a weight of 0 does not take a NaN away.
+    gathered[:, :, start + tokens - skipped :] = 0.0
+    keys, values = gathered
     padded = query.new_zeros((last - first + 1) * tile, heads, head_dim)
     inside = slice(start - first * tile, start - first * tile + tokens)
     padded[inside] = query

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 COLDEST = 1e-5  # a lower temperature draws the same token, and would divide logits to infinity
+NO_TOKEN = -1  # what is drawn of a row that is no distribution: a logit is no number, or none is above -inf
 SEEN_IN_PROMPT = 1  # of an entry of `counts`; the rest is OUTPUT times the tokens that were drawn
 OUTPUT = 2
 
@@ -42,7 +43,7 @@ class SampleRows:
 
 
 def reference_probabilities(logits: torch.Tensor, rows: SampleRows, counts: torch.Tensor | None = None) -> torch.Tensor:
-    """What each token is drawn with: (rows, vocab) float64. A greedy row has one 1.
+    """What each token is drawn with: (rows, vocab) float64. A greedy row has one 1, one that is no distribution zeros.
 
     logits: (rows, vocab) of a float type; counts: (slots, vocab) int32. Filters compare float32, as every
     implementation does, so that equals are equal; sums are float64 over a sorted row.
@@ -50,9 +51,11 @@ def reference_probabilities(logits: torch.Tensor, rows: SampleRows, counts: torc
     out = torch.zeros(logits.shape, dtype=torch.float64)
     for row in range(len(logits)):
         x = _adjusted(logits[row].float().cpu(), rows, row, counts)
-        x = torch.where(x.isnan(), -torch.inf, x)
         temperature = float(rows.temperature[row])
-        if temperature <= 0 or bool(x.isneginf().all()):
+        if bool(logits[row].isnan().any()) or bool(x.isneginf().all()):
+            continue
+        x = torch.where(x.isnan(), -torch.inf, x)
+        if temperature <= 0:
             out[row, int((x == x.max()).nonzero()[0])] = 1
             continue
         x = (x / torch.tensor(max(temperature, COLDEST))).clamp(max=torch.finfo(torch.float32).max)
@@ -102,12 +105,15 @@ def _filtered(x: torch.Tensor, rows: SampleRows, row: int) -> torch.Tensor:
 def reference_sample(
     logits: torch.Tensor, rows: SampleRows, counts: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens, (rows,) int32, and their log-probabilities in the model's own distribution, (rows,) float32."""
+    """The tokens, (rows,) int32, and their log-probabilities in the model's own distribution, (rows,) float32; NO_TOKEN
+    and NaN of a row that is no distribution."""
     cumulative = reference_probabilities(logits, rows, counts).cumsum(-1)
+    broken = cumulative[:, -1:] == 0
     target = rows.uniform.cpu().unsqueeze(1) * cumulative[:, -1:]
     # right=True passes over tokens of zero probability, whose cumulative value equals their neighbour's.
-    tokens = torch.searchsorted(cumulative, target, right=True)
-    logprobs = torch.log_softmax(logits.double().cpu(), -1).gather(1, tokens).squeeze(1)
+    tokens = torch.where(broken, 0, torch.searchsorted(cumulative, target, right=True))
+    logprobs = torch.log_softmax(logits.double().cpu(), -1).gather(1, tokens).masked_fill(broken, torch.nan).squeeze(1)
+    tokens = torch.where(broken, NO_TOKEN, tokens)
     return tokens.squeeze(1).int().to(logits.device), logprobs.float().to(logits.device)
 
 

@@ -15,6 +15,7 @@ from meshlm.kernels.gpu import sample as module
 from meshlm.kernels.gpu.checks import ArgumentError
 from meshlm.kernels.gpu.sample import count_tokens, sample
 from meshlm.kernels.sample import (
+    NO_TOKEN,
     SampleRows,
     reference_count_tokens,
     reference_probabilities,
@@ -206,24 +207,37 @@ def test_thousands_of_equals_end_the_search(device: torch.device) -> None:
     assert sample(logits, rows)[0].tolist() == [4999, 4999, 17]
 
 
-def test_greedy_takes_the_lowest_of_equals_and_never_what_is_no_number(device: torch.device) -> None:
+def test_greedy_takes_the_lowest_of_equals(device: torch.device) -> None:
     greedy = rows_of([{"temperature": 0.0}], device)
     for vocab in (1, 5, 47, 2500):
         logits = torch.zeros(1, vocab, device=device)
         logits[:, vocab // 2 :] = 3.0
         assert sample(logits, greedy)[0].tolist() == [vocab // 2]
-        logits[:, : max(1, vocab // 3)] = math.nan
-        assert sample(logits, greedy)[0].tolist() == [vocab // 2]
+
+
+def test_nothing_is_drawn_of_a_row_that_is_no_distribution(device: torch.device) -> None:
+    """One logit that is no number, in the first tile or the last; all; or nothing at all. Beside a row that is one."""
+    settings: list[dict[str, float]] = [{"temperature": 0.0}, {"top_k": 3, "top_p": 0.5}, {}]
+    for vocab, at in ((5, 0), (5, 4), (2500, 1100), (2500, 2499)):
+        logits = torch.zeros(6, vocab, device=device)
+        logits[::2, at] = math.nan
+        rows = rows_of([one for one in settings for _ in range(2)], device)
+        tokens, logprobs = sample(logits, rows)
+        assert tokens[::2].tolist() == [NO_TOKEN] * 3
+        assert logprobs[::2].isnan().all()
+        assert tokens[1::2].min() >= 0
+        assert logprobs[1::2].isfinite().all()
+        for ours, wanted in zip((tokens, logprobs), reference_sample(logits, rows), strict=True):
+            assert torch.equal(ours[::2].nan_to_num(-9), wanted[::2].nan_to_num(-9))
     for nothing in (math.nan, -math.inf):
-        for temperature in (0.0, 1.0):
-            rows = rows_of([{"temperature": temperature, "top_k": 3, "top_p": 0.5}], device)
-            assert sample(torch.full((1, 20), nothing, device=device), rows)[0].tolist() == [0]
+        rows = rows_of(settings, device)
+        assert sample(torch.full((3, 20), nothing, device=device), rows)[0].tolist() == [NO_TOKEN] * 3
 
 
 def test_what_cannot_be_drawn_is_not_drawn(device: torch.device) -> None:
-    """No numbers, masked tokens, and overflow past the greatest float; for u at both ends."""
+    """Masked tokens, and overflow past the greatest float; for u at both ends."""
     logits = torch.full((1, 100), -math.inf, device=device)
-    logits[0, 40:44] = torch.tensor([math.nan, 1.0, math.nan, -math.inf])
+    logits[0, 41] = 1.0
     filters: list[dict[str, float]] = [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.2}]
     rows = rows_of([{**case, "uniform": u} for u in (0.0, 1 - 2**-53) for case in filters], device)
     assert sample(logits.repeat(8, 1), rows)[0].tolist() == [41] * 8

@@ -28,7 +28,7 @@ from meshlm.kernels.gpu.sample_filters import (
     value,
 )
 from meshlm.kernels.gpu.variants import Variant
-from meshlm.kernels.sample import COLDEST, OUTPUT, SEEN_IN_PROMPT, SampleRows
+from meshlm.kernels.sample import COLDEST, NO_TOKEN, OUTPUT, SEEN_IN_PROMPT, SampleRows
 
 PIECE = 128  # tokens
 TILE = 16  # pieces that a program of the first launch reads
@@ -37,6 +37,7 @@ MOST_BIAS = 2048  # ids of a row: a request may have 1,024, and its stop tokens
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 _COLDEST = tl.constexpr(COLDEST)
+_NO_TOKEN = tl.constexpr(NO_TOKEN)
 _OUTPUT = tl.constexpr(OUTPUT)
 _SEEN_IN_PROMPT = tl.constexpr(SEEN_IN_PROMPT)
 
@@ -52,8 +53,9 @@ def sample(
 
     logits: (rows, vocab), vocab up to 524288, of a float type; not overwritten. counts: (slots, vocab) int32, as
     `count_tokens` keeps it; without it no row is penalized. Rows with bias or penalties cost a float32 copy of the
-    logits' size, if any row of the batch may have them. What is no number is never drawn; a row without any number
-    draws token 0. Equal inputs give equal tokens, whatever the other rows are.
+    logits' size, if any row of the batch may have them. A row of which a logit is no number, or none is above -inf, is
+    no distribution: NO_TOKEN, and a log-probability that is no number. Equal inputs give equal tokens, whatever the
+    other rows are.
     Raises ArgumentError.
     """
     _check(logits, rows, counts)
@@ -191,9 +193,11 @@ def _survey(
     pieces = tile * TILE + tl.arange(0, TILE)
     at = pieces[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
     inside = at < vocab
-    x = _number(tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32))
+    x = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
+    broken = tl.sum((x != x).to(tl.int32)) > 0
+    x = _number(x)
     top = tl.max(x)
-    tl.store(tile_top + row * tiles + tile, top)
+    tl.store(tile_top + row * tiles + tile, tl.where(broken, float("nan"), top))  # tells the second launch
     tl.store(tile_weight + row * tiles + tile, tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top))))
     if PENALIZES:
         slot = tl.load(slots + row).to(tl.int64)
@@ -256,7 +260,12 @@ def _choose(
     j = tl.arange(0, PIECES)
     greatest = tl.load(piece_top + number * tiles * TILE + j, mask=j < tiles * TILE, other=float("-inf"))
     top = tl.max(greatest)
-    if (heat <= 0) | (top == float("-inf")):
+    k = tl.arange(0, TILES)
+    tops = tl.load(tile_top + number * tiles + k, mask=k < tiles, other=float("-inf"))
+    broken = (tl.sum((tops != tops).to(tl.int32)) > 0) | (top == float("-inf"))
+    if broken:
+        token = tl.full([], _NO_TOKEN, tl.int32)
+    elif heat <= 0:
         first = tl.min(tl.where(greatest == top, j, PIECES))
         at = first * PIECE + tl.arange(0, PIECE)
         x = read(row, vocab, at, at >= 0, ADJUSTS)
@@ -279,12 +288,11 @@ def _choose(
             j = tl.load(listed + j, mask=j < n, other=0)
         token = pick(row, vocab, top, floor, mass, j, tl.load(uniform + number), ADJUSTS, PIECE, PIECES)
     tl.store(tokens + number, token)
-    k = tl.arange(0, TILES)
-    tops = tl.load(tile_top + number * tiles + k, mask=k < tiles, other=float("-inf"))
     top = tl.max(tops)
-    top = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.load(tile_weight + number * tiles + k, mask=k < tiles, other=0.0) * tl.exp(tops - top)
-    tl.store(logprobs + number, tl.load(logits + token).to(tl.float32) - (top + tl.log(tl.sum(weights))))
+    own = tl.load(logits + tl.maximum(token, 0)).to(tl.float32)
+    logprob = own - (top + tl.log(tl.sum(weights)))
+    tl.store(logprobs + number, tl.where(broken, float("nan"), logprob))
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from meshlm.worker.engine.sequence import (
+    NON_FINITE,
     Chunk,
     ChunkPool,
     ChunkScores,
@@ -44,6 +45,7 @@ HANG = b"!hang"
 CRASH = b"!crash"
 KILL = b"!kill"
 OUT_OF_MEMORY = b"!oom"
+BROKEN = b"!nan"  # weights or a device that give what is no number
 FAULTS = (HANG, CRASH, KILL, OUT_OF_MEMORY)
 
 HARM = b"!harm"
@@ -183,6 +185,8 @@ class FakeRunner:
     def _outcome(self, chunk: Chunk) -> Outcome:
         sequence, request = chunk.sequence, chunk.sequence.request
         context = self._read(sequence, chunk.start + chunk.count)
+        if BROKEN in bytes(token for token in request.prompt if token < END) and sequence.output_length >= FAULTY_AT:
+            return NON_FINITE
         if request.score_from is not None:
             ends = range(*scored_positions(chunk))
             true = [_logprob(context[: 2 * (end - sequence.evicted)], sequence.tokens[end]) for end in ends]

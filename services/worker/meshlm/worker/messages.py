@@ -93,6 +93,7 @@ class Finish(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     OVERLOADED = "overloaded"  # the waiting queue is full
     TOO_LONG = "too_long"  # could never fit into the KV cache or the model's context
+    NON_FINITE = "non_finite"  # what the model computed is no number: nothing can be drawn, scored or told
     DONE = "done"  # a text was scored or embedded
 
 
@@ -158,6 +159,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     cancelled_total: int
     freed_after_cancel_total: int  # blocks given back by cancels and deadlines, each within one step
     out_of_memory_total: int
+    non_finite_total: int  # sequences that ended because what was computed for them is no number
 
 
 class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):

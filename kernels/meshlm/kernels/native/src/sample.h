@@ -20,6 +20,7 @@ struct Draw {
 constexpr float COLDEST = 1.0e-5f;   // a lower temperature draws the same token, and would divide logits to infinity
 constexpr int CANDIDATES = 256;      // as few as are sorted
 constexpr int DRAW_PIECE = 256;      // tokens whose probabilities are summed at once
+constexpr int32_t NO_TOKEN = -1;     // what is drawn of a row that is no distribution
 
 // Bytes of scratch of `sample_row`.
 static inline size_t sample_scratch(int n) { return sizeof(float) * ((size_t)n + CANDIDATES); }
@@ -32,6 +33,18 @@ static inline float highest_of(const float* x, int n) {
     float top = highest(most);
     for (; i < n; i++) top = x[i] > top ? x[i] : top;
     return top;
+}
+
+// Whether one of n is no number.
+static inline bool has_nan(const float* x, int n) {
+    int i = 0;
+    for (; i + W <= n; i += W) {
+        V v = load(x + i);
+        if (bits_of(at_least(v, v)) != (W == 32 ? ~0u : (1u << W) - 1)) return true;
+    }
+    for (; i < n; i++)
+        if (x[i] != x[i]) return true;
+    return false;
 }
 
 // The lowest index of the greatest number; 0 where nothing is above -inf.
@@ -212,13 +225,14 @@ static inline int32_t draw_row(const float* p, int n, double uniform) {
     return n - 1;
 }
 
-// The token that is drawn from n logits, which are overwritten. scratch: sample_scratch(n) bytes.
+// The token that is drawn from n logits, which are overwritten; NO_TOKEN where one of them is no number, or none is above
+// -inf: the model is broken, and any token would be made up. scratch: sample_scratch(n) bytes.
 static inline int32_t sample_row(float* logits, int n, const Draw& draw, void* scratch) {
+    if (has_nan(logits, n) || highest_of(logits, n) == -INFINITY) return NO_TOKEN;
     if (!(draw.temperature > 0.0f)) return argmax_row(logits, n);
     float* p = (float*)scratch;
     int32_t* found = (int32_t*)scratch + n;
     const float top = apply_temperature(logits, n, std::max(draw.temperature, COLDEST));
-    if (top == -INFINITY) return argmax_row(logits, n);
     float floor = draw.min_p > 0.0f ? top + (float)std::log((double)draw.min_p) : -INFINITY;
     if (draw.top_k > 0 && draw.top_k < n)
         floor = std::max(floor, smallest_kept(logits, nullptr, n, top, draw.top_k, found));
@@ -231,8 +245,9 @@ static inline int32_t sample_row(float* logits, int n, const Draw& draw, void* s
     return draw_row(p, n, draw.uniform);
 }
 
-// log(sum(exp(x)))
+// log(sum(exp(x))); no number where one of x is none.
 static inline float log_sum_exp_row(const float* x, int n) {
+    if (has_nan(x, n)) return NAN;
     const float top = highest_of(x, n);
     if (!(std::fabs(top) <= FLT_MAX)) return top;
     double total = 0.0;

@@ -8,8 +8,9 @@ struct TokenScore {
 };
 
 // Of a row of n logits. With top the greatest, s = sum(exp(x - top)) and t = sum(exp(x - top) * (x - top)), the entropy is
-// log(s) - t / s. Sums are taken over pieces in a fixed order, in double between them.
+// log(s) - t / s; neither is a number where a logit is none. Sums are taken over pieces in a fixed order, in double between them.
 static inline TokenScore score_row(const float* x, int n, int32_t target) {
+    if (has_nan(x, n)) return {NAN, NAN};
     const float top = highest_of(x, n);
     double total = 0.0, weighted = 0.0;
     alignas(64) float p[DRAW_PIECE], shifted[DRAW_PIECE];

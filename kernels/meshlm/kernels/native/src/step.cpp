@@ -663,9 +663,7 @@ void Decoder::draw(Member& member) {
     member.share(step_->outputs, 1, [&](int begin, int end) {
         for (int i = begin; i < end; i++) {
             float* row = step_->logits + (size_t)i * spec_.vocab;
-            step_->drawn[i] = step_->draw[i].temperature > 0
-                                  ? sample_row(row, spec_.vocab, step_->draw[i], scratch_[member.id()].get())
-                                  : argmax_row(row, spec_.vocab);
+            step_->drawn[i] = sample_row(row, spec_.vocab, step_->draw[i], scratch_[member.id()].get());
         }
     });
     lap(member, DRAW);

@@ -113,6 +113,14 @@ class BlockPool:
             self._hash[block] = prefix_hash
             self._digest.add(prefix_hash)
 
+    def retract(self, blocks: list[int]) -> None:
+        """What a table's blocks hold cannot be relied upon: none of them is findable any more. Their holders keep them.
+
+        What others have published behind them is not found either, unless the way there is published anew.
+        """
+        for block in blocks:
+            self._forget(block)
+
     def _match(self, hashes: list[bytes]) -> list[int]:
         found: list[int] = []
         for prefix_hash in hashes:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import structlog
+
+from meshlm.worker.engine.news import is_broken
 from meshlm.worker.engine.scheduler import Scheduler, SchedulerSettings
 from meshlm.worker.engine.sequence import Chunk, Outcome, Runner, StepOutOfMemory
 from meshlm.worker.messages import StepReport, Submit
+
+log = structlog.get_logger()
 
 
 class Engine:
@@ -42,6 +47,9 @@ class Engine:
         chunks, outcomes = self._run(chunks)
         now = self._clock()
         self.scheduler.absorb(chunks, outcomes, now, now - began)
+        broken = sum(map(is_broken, outcomes))
+        if broken:
+            log.error("what the model computed is no number", sequences=broken, engine=self.runner.facts.engine)
         self._compact()
         self._forget_dropped()
         return self._report(self._clock() - began)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from meshlm.worker.engine.sequence import Sampled, Sequence
+from meshlm.kernels.sample import NO_TOKEN
+from meshlm.worker.engine.sequence import NON_FINITE, NonFinite, Sampled, Sequence
 from meshlm.worker.messages import TokenLogprob
 
 
@@ -62,11 +63,13 @@ class Flight:
     residual: torch.Tensor | None = None  # (rows, width), of a mixed step
     first_rows: list[int] = field(default_factory=list)  # of each chunk of a mixed step
 
-    def sampled(self) -> list[Sampled]:
+    def sampled(self) -> list[Sampled | NonFinite]:
         """Waits for the tokens."""
         tokens, logprobs = self.reply.wait(len(self.rows))
         return [
-            Sampled(token)
+            NON_FINITE
+            if token == NO_TOKEN
+            else Sampled(token)
             if row.sequence.request.sampling.logprobs is None
             else Sampled(token, logprob, self.tops.get(draw, ()))
             for draw, (row, token, logprob) in enumerate(zip(self.rows, tokens, logprobs, strict=True))

@@ -14,11 +14,12 @@ from meshlm.kernels.native import structures as c
 from meshlm.kernels.native.memory import ALIGNMENT
 from meshlm.kernels.native.ops import POOLING, compact
 from meshlm.worker.engine.budgets import OBSERVED
-from meshlm.worker.engine.sampler import Sampler, uniform
+from meshlm.worker.engine.sampler import Sampler, told, uniform
 from meshlm.worker.engine.sequence import (
     Chunk,
     ChunkPool,
     ChunkScores,
+    NonFinite,
     Outcome,
     Sampled,
     Sequence,
@@ -166,10 +167,10 @@ class NativeRunner:
                 number_in_unit,
             )
 
-    def _drawn_tokens(self, count: int) -> list[Sampled]:
-        return [Sampled(token) for token in self._drawn[:count].tolist()]
+    def _drawn_tokens(self, count: int) -> list[Sampled | NonFinite]:
+        return told(self._drawn[:count].tolist(), {})
 
-    def _draw_carefully(self, drawing: list[Sequence]) -> list[Sampled]:
+    def _draw_carefully(self, drawing: list[Sequence]) -> list[Sampled | NonFinite]:
         """Where some ask for penalties, bias or log-probabilities: these in torch, then the same native draw."""
         reports = self._sampler.prepare(torch.from_numpy(self._logits[: len(drawing)]), drawing)
         self._fill_draws(drawing)
@@ -180,10 +181,7 @@ class NativeRunner:
             _address(self._draws),
             self._drawn.ctypes.data,
         )
-        return [
-            reports[row].sampled(token) if row in reports else Sampled(token)
-            for row, token in enumerate(self._drawn[: len(drawing)].tolist())
-        ]
+        return told(self._drawn[: len(drawing)].tolist(), reports)
 
 
 class _Tasks:

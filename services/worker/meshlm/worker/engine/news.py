@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from meshlm.worker.engine.sequence import ChunkPool, ChunkScores, Sequence
+import math
+
+from meshlm.worker.engine.sequence import ChunkPool, ChunkScores, NonFinite, Outcome, Sequence
 from meshlm.worker.messages import Embedded, Finish, Finished, NewToken, Scored, Started
 
 
@@ -29,6 +31,7 @@ class Totals:
         self.cancelled = 0  # sequences ended by cancel or deadline
         self.freed_after_cancel = 0  # blocks that those gave up
         self.out_of_memory = 0  # sequences
+        self.non_finite = 0  # sequences
 
 
 class Answers:
@@ -64,6 +67,15 @@ class Answers:
         """`sequence` was preempted or has ended: what it has so far is void."""
         self._scores.pop(sequence.id, None)
         self._sums.pop(sequence.id, None)
+
+
+def is_broken(outcome: Outcome) -> bool:
+    """Whether what a chunk gave is no answer: no distribution to draw of, a score or a vector that is no number."""
+    if isinstance(outcome, ChunkScores):
+        return math.isnan(sum(outcome.logprobs)) or math.isnan(sum(outcome.entropies))
+    if isinstance(outcome, ChunkPool):
+        return not math.isfinite(sum(outcome.vector))
+    return isinstance(outcome, NonFinite)
 
 
 def finished(sequence: Sequence, reason: Finish, now: float, stop_token: int | None = None) -> Finished:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from meshlm.worker.engine.sequence import Sampled, Sequence
+from meshlm.kernels.sample import NO_TOKEN
+from meshlm.worker.engine.sequence import NON_FINITE, NonFinite, Sampled, Sequence
 from meshlm.worker.messages import Sampling, TokenLogprob
 
 _CANDIDATES = 256  # top-p looks at this many tokens before it sorts the whole vocabulary
@@ -59,16 +60,21 @@ class Sampler:
         self._counts.pop(id(sequence), None)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled | NonFinite]:
         """logits: (len(sequences), vocab) float32, overwritten. Entry i is the next token of sequences[i]."""
         reports = self.prepare(logits, sequences)
+        highest = logits.amax(-1)  # of a row with what is no number, no number
+        broken = (highest.isnan() | highest.isneginf()).tolist()
+        if any(broken):  # a draw of nonsense would be a token that there is not
+            logits[torch.tensor(broken, device=logits.device)] = 0.0
         drawn = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
         tokens = logits.argmax(-1).tolist() if len(drawn) < len(sequences) else [0] * len(sequences)
         if drawn:
             part = logits if len(drawn) == len(sequences) else logits[drawn]
             for row, token in zip(drawn, _draw(part, [sequences[row] for row in drawn]), strict=True):
                 tokens[row] = token
-        return [reports[row].sampled(token) if row in reports else Sampled(token) for row, token in enumerate(tokens)]
+        tokens = [NO_TOKEN if wrong else token for token, wrong in zip(tokens, broken, strict=True)]
+        return told(tokens, reports)
 
     def adjusts(self, sequence: Sequence) -> bool:
         """Whether `prepare` has anything to do for the next token of a sequence."""
@@ -129,6 +135,14 @@ class Report:
         values, ids = self._logprobs.topk(self._count)
         top = tuple(TokenLogprob(int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
         return Sampled(token, float(self._logprobs[token]), top)
+
+
+def told(tokens: list[int], reports: dict[int, Report]) -> list[Sampled | NonFinite]:
+    """Drawn tokens as outcomes, each with its row's report where there is one."""
+    return [
+        NON_FINITE if token == NO_TOKEN else reports[row].sampled(token) if row in reports else Sampled(token)
+        for row, token in enumerate(tokens)
+    ]
 
 
 def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:

@@ -25,9 +25,9 @@ from meshlm.worker.engine.blocks import BlockPool
 from meshlm.worker.engine.budgets import Budgets
 from meshlm.worker.engine.chunking import Chunking, Room, generates
 from meshlm.worker.engine.fairness import Shares
-from meshlm.worker.engine.news import Answers, News, Totals, finished
+from meshlm.worker.engine.news import Answers, News, Totals, finished, is_broken
 from meshlm.worker.engine.pace import Pace
-from meshlm.worker.engine.sequence import Chunk, Outcome, Sampled, Sequence, Status
+from meshlm.worker.engine.sequence import Chunk, ChunkPool, ChunkScores, Outcome, Sampled, Sequence, Status
 from meshlm.worker.engine.tables import Tables
 from meshlm.worker.engine.waiting import WaitingQueue
 from meshlm.worker.messages import Finish, Load, ModelFacts, NewToken, Started, Submit
@@ -134,15 +134,20 @@ class Scheduler:
 
     def absorb(self, chunks: list[Chunk], outcomes: list[Outcome], now: float, seconds: float) -> None:
         """Takes in what a step of so many seconds computed: new full blocks become findable, new tokens may end their
-        sequences, budgets are kept."""
+        sequences, budgets are kept. Sequences whose numbers are broken end, and nobody finds their blocks."""
         self.totals.steps += bool(chunks)
         self._chunking.observe(chunks, seconds)
         for chunk, outcome in zip(chunks, outcomes, strict=True):
             sequence = chunk.sequence
             self._tables.advance(sequence, chunk.start + chunk.count)
+            if is_broken(outcome):
+                self.totals.non_finite += 1
+                self._tables.distrust(sequence)
+                self._end(sequence, Finish.NON_FINITE, now)
+                continue
             if isinstance(outcome, Sampled):
                 self._take_token(sequence, outcome, now)
-            elif outcome is not None:
+            elif isinstance(outcome, ChunkScores | ChunkPool):
                 self._answers.add(sequence, outcome)
             if not generates(sequence) and sequence.uncomputed == 0:
                 self._answers.tell(sequence, self._news)
@@ -183,6 +188,7 @@ class Scheduler:
             cancelled_total=self.totals.cancelled,
             freed_after_cancel_total=self.totals.freed_after_cancel,
             out_of_memory_total=self.totals.out_of_memory,
+            non_finite_total=self.totals.non_finite,
         )
 
     def _has_place(self, tenant: str, now: float) -> bool:

@@ -96,7 +96,14 @@ class ChunkPool:
     vector: list[float]
 
 
-Outcome = Sampled | ChunkScores | ChunkPool | None
+@dataclass(slots=True, frozen=True)
+class NonFinite:
+    """Of a chunk that was to sample: its logits have what is no number, or nothing above -inf. There is no distribution
+    to draw of: the weights, the device, or what was computed from them, are broken."""
+
+
+NON_FINITE = NonFinite()
+Outcome = Sampled | ChunkScores | ChunkPool | NonFinite | None
 
 
 class StepOutOfMemory(Exception):  # noqa: N818 - named as the condition, like StopIteration
@@ -114,7 +121,8 @@ class Runner(Protocol):
 
         Returns one entry a chunk, in order; None where there is nothing to tell. A request with `score_from` or `pool`
         gets ChunkScores or ChunkPool for every chunk, and its chunks never sample. The token at position p is scored
-        with the chunk that computes position p - 1.
+        with the chunk that computes position p - 1. A row of logits that is no distribution gives NonFinite, and leaves
+        the other chunks as they are; scores and vectors are told as they come.
         Raises StepOutOfMemory.
         """
         ...

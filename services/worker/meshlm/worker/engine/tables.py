@@ -87,6 +87,10 @@ class Tables:
                 self.pool.publish(sequence.blocks[i], sequence.hashes[i], sequence.blocks[i - 1] if i else None)
                 self._underway.computed(sequence.hashes[i])
 
+    def distrust(self, sequence: Sequence) -> None:
+        """What was computed for `sequence` is broken: nobody is to find it."""
+        self.pool.retract(sequence.blocks)
+
     def keep_budget(self, sequence: Sequence, budget: KvBudget) -> None:
         """Lets go of what the last chunk or token brought over the budget, or asks for its compaction."""
         if not self._budgets.is_cut(sequence, budget, sequence.computed):

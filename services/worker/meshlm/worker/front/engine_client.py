@@ -399,4 +399,5 @@ def _idle(facts: ModelFacts) -> Load:
         cancelled_total=0,
         freed_after_cancel_total=0,
         out_of_memory_total=0,
+        non_finite_total=0,
     )

@@ -30,6 +30,7 @@ _COUNTERS: dict[str, Callable[[Load], int]] = {
     "meshlm.engine.cancelled": lambda load: load.cancelled_total,
     "meshlm.engine.freed_after_cancel": lambda load: load.freed_after_cancel_total,
     "meshlm.engine.out_of_memory": lambda load: load.out_of_memory_total,
+    "meshlm.engine.non_finite": lambda load: load.non_finite_total,
 }
 
 

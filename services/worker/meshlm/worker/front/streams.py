@@ -35,6 +35,10 @@ def failure_of(reason: Finish) -> MeshError | None:
             return MeshError(Reason.DEADLINE, "the deadline passed")
         case Finish.OUT_OF_MEMORY:
             return MeshError(Reason.OUT_OF_MEMORY, "the device had no memory for this sequence", retry_after=1.0)
+        case Finish.NON_FINITE:
+            return MeshError(
+                Reason.INTERNAL, "the model computed what is no number: its weights or its device are broken"
+            )
         case Finish.OVERLOADED:
             return MeshError(Reason.OVERLOADED, "the waiting queue is full", retry_after=1.0)
         case Finish.TOO_LONG:
