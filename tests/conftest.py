@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from meshlm.mesh.model import model_path
@@ -16,6 +17,10 @@ SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]  # fixtures h
 settings.register_profile("gate", derandomize=True, deadline=None, suppress_health_check=SLOW)
 settings.register_profile("search", parent=settings.get_profile("gate"), derandomize=False, print_blob=True)
 settings.load_profile("gate")
+
+# Tracebacks with all local variables, as structlog draws them where rich is there, take seconds each.
+_plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback, colors=False)
+structlog.configure(processors=[*structlog.get_config()["processors"][:-1], _plain])
 
 # Triton reads it when it is first imported, by whichever test that is. Asking torch would cost every run a second.
 if not Path("/dev/nvidiactl").exists():

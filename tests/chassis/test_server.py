@@ -69,16 +69,20 @@ async def service(tmp_path: Path) -> AsyncIterator[Process]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_stream_in_flight_ends_whole_before_the_process_does(service: Process, number: int) -> None:
+async def test_a_stream_in_flight_ends_whole_before_the_process_does(
+    service: Process, number: int, tmp_path: Path
+) -> None:
+    go_on = tmp_path / "go-on"
     await service.start("plain")
     await service.status(SERVING)
-    call = service.stub.StreamGenerate(inference_pb2.StreamGenerateRequest(resume_from=20))
+    call = service.stub.StreamGenerate(inference_pb2.StreamGenerateRequest(resume_from=20, resume_of=str(go_on)))
     seen = [(await call.read()).usage.completion_tokens]
     service.process.send_signal(number)
     await service.status(NOT_SERVING)
     with pytest.raises(grpc.RpcError) as caught:
         await service.stub.StreamGenerate(inference_pb2.StreamGenerateRequest(resume_from=1)).read()
     assert from_rpc_error(caught.value).reason == Reason.DRAINING
+    go_on.touch()
     while (response := await call.read()) is not grpc.aio.EOF:
         seen.append(response.usage.completion_tokens)
     assert seen == list(range(20))

@@ -35,7 +35,7 @@ async def heard(rig: Rig, question: str = "hello") -> tuple[str, list[Moderated]
 async def test_a_harmful_answer_is_stopped_in_mid_stream_where_it_becomes_harmful() -> None:
     answer = PLAIN * 3 + HARM * 6 + PLAIN * 3
     scores = "answer_flag_score = 0.6\nanswer_confirm_score = 0.8\nanswer_block_score = 0.9\n"
-    async with running(saying(answer), step=0.002, extra=f"[guard.policies.default]\n{scores}") as rig:
+    async with running(saying(answer), step=0.01, interval=0.0, extra=f"[guard.policies.default]\n{scores}") as rig:
         text, moderations, end = await heard(rig)
         assert end.finish_reasons == {0: "content_filter"}
         assert answer.startswith(text)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from meshlm.chassis.errors import MeshError
 from meshlm.mesh import cli
 from meshlm.mesh.client import End, Start, Text
 from tests.mesh.test_flows import Rig, running, until
@@ -56,7 +57,7 @@ async def test_a_worker_whose_answers_others_cannot_reproduce_gets_no_requests_u
             assert isinstance(start := events[0], Start)
             assert start.routing.replica != "liar"
             assert all(not event.logprobs and not event.token_ids for event in events if isinstance(event, Text))
-        assert "quarantine begins" in log_of(rig)
+        await until(lambda: "quarantine begins" in log_of(rig))
         monkeypatch.setenv("MESHLM__MESH__STATE_DIR", str(rig.folder.root))
         assert await asyncio.to_thread(cli.run, ["quarantine"]) == 0
         assert "liar" in capsys.readouterr().out
@@ -76,20 +77,19 @@ async def test_a_quarantine_is_known_to_a_router_that_starts_later() -> None:
 
         async def again() -> bool:
             try:
-                return await ready(rig) == 2
-            except Exception:
+                two = await ready(rig) == 2
+            except MeshError:
                 return False
+            return two and "quarantine begins" in log_of(rig).rpartition('"event": "bound"')[2]
 
         await until(again)
-        await asyncio.sleep(0)
-        assert "quarantine begins" in log_of(rig).rpartition('"event": "bound"')[2]
 
 
 async def test_of_two_that_differ_nobody_is_judged() -> None:
     async with running(HONEST[0] + LIAR, extra=ALL, step=0.001) as rig:
         await until(lambda: _told(rig))
         assert await ready(rig) == 2
-        assert '"outcome": "undecided"' in log_of(rig)
+        await until(lambda: '"outcome": "undecided"' in log_of(rig))
 
 
 async def _told(rig: Rig) -> bool:
@@ -104,7 +104,10 @@ async def test_honest_workers_stay_and_answers_are_as_without_proofs() -> None:
                 assert isinstance(events[-1], End)
                 wanted = 20 if "logprobs" in sampling else 0
                 assert sum(len(event.logprobs) for event in events if isinstance(event, Text)) == wanted
-        proven = [(await rig.load(name)).counters.steps for name in ("one", "two")]
-        assert min(proven) > 0
+
+        async def both() -> bool:
+            return min([(await rig.load(name)).counters.steps for name in ("one", "two")]) > 0
+
+        await until(both)
         assert "a proof of execution failed" not in log_of(rig)
         assert await ready(rig) == 2

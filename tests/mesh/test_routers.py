@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ async def shared(
 
 
 async def _knows_workers(rig: Rig, router: str, count: int) -> bool:
-    async with AsyncMesh(rig.mesh.address(router), key=SECRET, deadline=10) as mesh:
+    async with AsyncMesh(rig.mesh.address(router), key=SECRET, deadline=60) as mesh:
         return any(model.ready_replicas == count for model in await mesh.list_models())
 
 
@@ -75,11 +76,13 @@ def served(rig: Rig, router: str) -> int:
 
 async def test_both_processes_serve_and_their_limits_are_one_account() -> None:
     async with shared("requests_per_minute = 30", step=0.001) as rig:
+        began = time.monotonic()
         results = await asyncio.gather(*(ask(rig, f"n {n}") for n in range(60)), return_exceptions=True)
         refused = [result for result in results if isinstance(result, BaseException)]
         reasons = {error.reason if isinstance(error, MeshError) else error for error in refused}
         assert reasons == {Reason.RATE_LIMITED}
-        assert 58 - 30 <= len(refused) <= 30  # a token comes back each two seconds
+        back = (time.monotonic() - began) / 2 + 1  # a token comes back each two seconds
+        assert 30 - back <= len(refused) <= 30
         await until(lambda: served(rig, "router") + served(rig, "router-2") == 60)
         assert min(served(rig, "router"), served(rig, "router-2")) > 5
 
@@ -95,7 +98,7 @@ async def test_a_killed_process_leaves_the_port_to_the_other() -> None:
 
 async def test_routers_started_anew_one_by_one_break_no_stream_and_refuse_nobody() -> None:
     async with shared(step=0.01) as rig:
-        long = [asyncio.ensure_future(ask(rig, f"long {n}", 300)) for n in range(8)]
+        long = [asyncio.ensure_future(ask(rig, f"long {n}", 600)) for n in range(8)]
         await until(lambda: _running(rig, 8))
         before = [rig.mesh.pid(name) for name in ("router", "router-2")]
         rolling = asyncio.ensure_future(rig.mesh.roll_routers())
@@ -105,7 +108,7 @@ async def test_routers_started_anew_one_by_one_break_no_stream_and_refuse_nobody
             asked += 1
         await rolling
         for events in await asyncio.gather(*long):
-            assert sum(event.token_count for event in events if isinstance(event, Text)) == 300
+            assert sum(event.token_count for event in events if isinstance(event, Text)) == 600
         assert asked > 3
         assert not set(before) & {rig.mesh.pid(name) for name in ("router", "router-2")}
 
@@ -121,7 +124,7 @@ def logged(rig: Rig, router: str, event: str) -> list[dict[str, Any]]:
 
 async def explained(rig: Rig, router: str) -> Any:
     """Where a request of this session would go, as a router sees it."""
-    async with AsyncMesh(rig.mesh.address(router), key=SECRET, deadline=10) as mesh:
+    async with AsyncMesh(rig.mesh.address(router), key=SECRET, deadline=60) as mesh:
         return (await mesh.explain(messages=[("user", "hi")], session="s")).routing
 
 

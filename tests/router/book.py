@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from typing import Any
 
 import pytest
@@ -30,13 +31,18 @@ class Book:
     """A ledger, and the terms of keys; `m` is a model whose tokens cost one micro-unit each."""
 
     def __init__(self, state: Redis | None, *keys: KeyConfig, **config: Any) -> None:
-        self.config = RouterConfig(keys=keys, **{"prices": {"m": PRICE}, "lease_seconds": 1.0, **config})
+        self.config = RouterConfig(keys=keys, **{"prices": {"m": PRICE}, "lease_seconds": 30.0, **config})
         self.ledger = Ledger(state, self.config)
         self._book = LimitBook(self.config)
         self._numbers = iter(range(10**9))
+        self._began = time.monotonic()
 
     def terms(self, holder: KeyConfig | None = None, model: str = "m", weight: float = 1.0) -> Terms:
         return self._book.terms(holder or self.config.keys[0], model, weight)
+
+    def back(self, per_minute: float = 1000) -> float:
+        """The most that a rate can have given back since the book was opened."""
+        return 1 + per_minute / 60 * (time.monotonic() - self._began)
 
     async def reserve(self, prompt: int, at_most: int = 1, name: str = "", **more: Any) -> Reservation:
         name = name or f"r{next(self._numbers)}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from meshlm.router.config import KeyConfig, RouterConfig
 from meshlm.router.guarding.guards import Guards
 from meshlm.router.identity import KeyRing
 from meshlm.router.pipeline import Pipeline
+from meshlm.router.replicas.config import ReplicaConfig
 from meshlm.router.replicas.fleet import Fleet
 from meshlm.router.replicas.proof import Prover
 from meshlm.router.replicas.quarantine import Quarantine
@@ -48,7 +49,7 @@ from tests.router.names import fleet as fleet  # a fixture
 SECRET = "a-key"
 
 
-@contextmanager
+@contextlib.contextmanager
 def run_valkey(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A server of its own, on a unix socket in `folder`: its URL and its process."""
     socket = folder / "s"
@@ -79,7 +80,7 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 async def state(valkey: str) -> AsyncIterator[Redis]:
-    client: Redis = Redis.from_url(valkey, socket_timeout=2)
+    client: Redis = Redis.from_url(valkey, socket_timeout=60)
     await client.flushall()
     yield client
     await client.aclose()
@@ -102,6 +103,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         )
         self.changed = asyncio.Event()
         self.mute = False  # new watchers hear nothing
+        self.unheard = asyncio.Event()  # a watcher came that hears nothing
         self.pieces = ["Hello", " big", " world"]
         self.tokens_each = 1  # of a piece
         self.stalls_at: int | None = None  # this piece never comes
@@ -124,10 +126,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def WatchLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
         while True:
             while self.mute:
+                self.unheard.set()
                 await asyncio.sleep(0.01)
             yield self.load
-            await self.changed.wait()
-            self.changed.clear()
+            with contextlib.suppress(TimeoutError):  # a word now and then, as workers do, however long a test takes
+                await asyncio.wait_for(self.changed.wait(), 3)
+                self.changed.clear()
 
     async def CountInputTokens(self, request: Any, context: Any) -> Any:
         self.counted.append(request)
@@ -320,8 +324,9 @@ class Mesh:
         guard_pb2_grpc.add_GuardServiceServicer_to_server(self.guard, self._server(f"unix:{folder}/g"))
         cache_pb2_grpc.add_CacheServiceServicer_to_server(self.cache, self._server(f"unix:{folder}/c"))
         peers = {"workers": tuple(targets), "guard": f"unix:{folder}/g", "cache": f"unix:{folder}/c"}
-        self.config = RouterConfig(**peers, keys=(holder,), **{"aliases": {"alias": "m"}, **config})
-        self.fleet = Fleet(targets)
+        usual = {"aliases": {"alias": "m"}, "guard_seconds": 60.0, "cache_seconds": 60.0}
+        self.config = RouterConfig(**peers, keys=(holder,), **{**usual, **config})
+        self.fleet = Fleet(targets, ReplicaConfig(eject_slowness=0.0))  # how quick they are is the machine's matter
         self.guards, self.answers = Guards(self.config), Answers(self.config)
         self.guards._redacting[""] = False  # as after a first request: from then on the guard runs beside
         self.ledger = Ledger(state, self.config)
@@ -374,7 +379,7 @@ class Mesh:
         """Other rights from now on."""
         self.servicer._keys = KeyRing(keys)
 
-    def stream(self, text: str = "hi", *, resume_from: int = 0, timeout: float = 20, **fields: Any) -> Any:
+    def stream(self, text: str = "hi", *, resume_from: int = 0, timeout: float = 60, **fields: Any) -> Any:
         generation = self.generation(text, **fields)
         request = inference_pb2.StreamGenerateRequest(generation=generation, resume_from=resume_from)
         return self.stub.StreamGenerate(request, metadata=self.metadata, timeout=timeout)

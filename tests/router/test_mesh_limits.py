@@ -93,7 +93,11 @@ async def test_a_limit_of_1000_tokens_lets_no_more_than_1016_through(limit: str)
         through = sent if limit == "completion_tokens_per_minute" else told(events)
         assert LIMIT / 2 < through <= LIMIT + 16 + refill  # it ends before the message that would pass the limit
         await until(lambda: idle(rig))
-        assert (await rig.load()).counters.cancelled == 1
+
+        async def cancelled() -> bool:
+            return (await rig.load()).counters.cancelled == 1
+
+        await until(cancelled)
 
 
 async def test_a_token_a_message_is_let_through_to_the_very_last() -> None:
@@ -101,7 +105,8 @@ async def test_a_token_a_message_is_let_through_to_the_very_last() -> None:
         events, error = await read(rig.stream("hello", max_tokens=1500, cache="bypass"))
         assert error is not None
         assert LIMIT - 16 <= told(events) <= LIMIT
-        assert events[-1].cost_micros == told(events) == await spent(rig)
+        assert events[-1].cost_micros == told(events)
+        await until(lambda: _is(rig, told(events)))
 
 
 @pytest.mark.parametrize("choices", [1, 3])
@@ -114,8 +119,7 @@ async def test_streams_side_by_side_get_no_more_together(choices: int) -> None:
         assert {error.reason for error in errors} == {Reason.BUDGET_SPENT}
         total = sum(told(events) for events, _ in results if any(isinstance(e, Text | End) for e in events))
         assert LIMIT / 2 < total <= LIMIT
-        await until(lambda: idle(rig))
-        assert await spent(rig) == total
+        await until(lambda: _is(rig, total))
         with pytest.raises(MeshError) as caught:
             await rig.client.generate(messages=[("user", "hello")], max_tokens=500, n=choices)
         assert caught.value.reason == Reason.BUDGET_SPENT
@@ -127,7 +131,7 @@ async def test_an_aborted_stream_is_billed_exactly_what_was_sent() -> None:
         stopped = False
         events: list[Any] = []
         with pytest.raises(MeshError) as caught:
-            async for event in rig.stream("hello", max_tokens=500, cache="bypass", deadline=3):
+            async for event in rig.stream("hello", max_tokens=500, cache="bypass", deadline=6):
                 events.append(event)
                 if isinstance(event, Text) and event.token_offset > 20 and not stopped:
                     stopped = True
@@ -167,7 +171,7 @@ async def test_a_cancelled_stream_is_billed_what_it_was_told_before_it_left() ->
         os.kill(rig.mesh.pid("one"), signal.SIGSTOP)
         while True:  # what was on its way
             reading = asyncio.ensure_future(call.read())
-            done, _ = await asyncio.wait({reading}, timeout=1.0)
+            done, _ = await asyncio.wait({reading}, timeout=3.0)
             if not done:
                 break
             message = reading.result()
@@ -181,9 +185,9 @@ async def _is(rig: Rig, tokens: int) -> bool:
 
 
 async def test_a_killed_router_leaves_no_place_taken_for_longer_than_its_lease() -> None:
-    router = "[router]\nlease_seconds = 1.0\n"
+    router = "[router]\nlease_seconds = 3.0\n"
     async with limited("concurrent_streams = 1", step=0.02, before=router) as rig:
-        stream = rig.stream("hello", max_tokens=500, cache="bypass")
+        stream = rig.stream("hello", max_tokens=1500, cache="bypass")
         await anext(stream)
         with pytest.raises(MeshError) as caught:
             await rig.text("another")

@@ -53,8 +53,8 @@ def router_config() -> dict[str, Any]:
 
 @pytest.fixture
 def holder() -> KeyConfig:
-    limited = {"n": LimitConfig(completion_tokens_per_minute=600)}
-    return key(requests_per_minute=600, tokens_per_minute=6000, model_limits=limited, raw_prompts=True)
+    limited = {"n": LimitConfig(completion_tokens_per_minute=60)}
+    return key(requests_per_minute=20, tokens_per_minute=300, model_limits=limited, raw_prompts=True)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ async def two(mesh: Mesh) -> Mesh:
 
 
 async def charged(state: Redis, limit: str, per_minute: int) -> float:
-    """How many units a rate limit holds against the key now; a restart of the clock's worth is within a hundredth."""
+    """How many units a rate limit holds against the key now; they come back in seconds."""
     arrival = int(await state.get(f"meshlm:{{t}}:key:k:{limit}") or 0)
     seconds, micros = await state.time()
     return max(0.0, arrival - seconds * 1_000_000 - micros) * per_minute / 60_000_000
@@ -91,20 +91,20 @@ async def test_a_request_that_fell_back_counts_once_and_its_tokens_under_the_mod
 ) -> None:
     two.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")
     await collect(two.stream(model="safe"))
-    assert 0 < await charged(state, "requests_per_minute", 600) <= 1
-    assert await charged(state, "tokens_per_minute", 6000) <= 10
-    assert 0 < await charged(state, "completion_tokens_per_minute:n", 600) <= 3
+    assert 0 < await charged(state, "requests_per_minute", 20) <= 1
+    assert await charged(state, "tokens_per_minute", 300) <= 10
+    assert 0 < await charged(state, "completion_tokens_per_minute:n", 60) <= 3
 
 
 async def test_a_fallback_beyond_its_own_limit_is_refused_and_nothing_stays_charged(two: Mesh, state: Redis) -> None:
     two.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")
     drained = {"n": LimitConfig(completion_tokens_per_minute=3)}
-    two.rekey((key(requests_per_minute=600, model_limits=drained),))
+    two.rekey((key(requests_per_minute=20, model_limits=drained),))
     await collect(two.stream(model="n"))  # takes all there is
-    before = await charged(state, "requests_per_minute", 600)
+    before = await charged(state, "requests_per_minute", 20)
     error = await failure(two.stream(model="safe"))
     assert (error.reason, error.metadata["model"]) == (Reason.RATE_LIMITED, "n")
-    assert await charged(state, "requests_per_minute", 600) <= before
+    assert await charged(state, "requests_per_minute", 20) <= before
 
 
 async def test_a_model_that_is_down_is_passed_over_before_anything_is_reserved(two: Mesh, state: Redis) -> None:
@@ -249,7 +249,7 @@ async def test_a_caller_that_is_throttled_stays_so_where_its_request_falls_back(
     two.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")
     first, *_ = await collect(two.stream(model="safe"))
     assert first.start.routing.model == "n"
-    assert 70 < await charged(state, "tokens_per_minute", 6000) <= 80
+    assert 70 < await charged(state, "tokens_per_minute", 300) <= 80
 
 
 async def test_a_rule_that_learns_from_traffic_does_not_learn_from_questions_about_it(two: Mesh) -> None:

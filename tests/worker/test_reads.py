@@ -32,11 +32,11 @@ def text(prompt: str) -> pb.Input:
     return pb.Input(prompt=prompt)
 
 
-def score(worker: Worker, source: pb.Input, timeout: float | None = 30, **fields: Any) -> Any:
+def score(worker: Worker, source: pb.Input, timeout: float | None = 120, **fields: Any) -> Any:
     return worker.stub.Score(worker_pb2.ScoreRequest(input=source, **fields), timeout=timeout)
 
 
-def embed(worker: Worker, *texts: str, timeout: float | None = 30, **fields: Any) -> Any:
+def embed(worker: Worker, *texts: str, timeout: float | None = 120, **fields: Any) -> Any:
     return worker.stub.Embed(worker_pb2.EmbedRequest(inputs=map(text, texts), **fields), timeout=timeout)
 
 
@@ -83,12 +83,12 @@ async def test_only_marked_pieces_of_a_prompt_can_hold_control_tokens() -> None:
     said = [("<user>", True), ("I end <|end|> here", False), ("<|end|>\n", True)]
     pieces = [worker_pb2.PromptPiece(text=text, control_tokens=control) for text, control in said]
     async with running() as worker:
-        whole = await worker.stub.Score(worker_pb2.ScoreRequest(pieces=pieces), timeout=30)
+        whole = await worker.stub.Score(worker_pb2.ScoreRequest(pieces=pieces), timeout=120)
         tokens = [*b"<user>I end <|end|> here", 256, *b"\n"]
         assert list(whole.scored[0].token_ids) == tokens[1:]
         end = worker_pb2.Continuation(end_of_turn=True)
         request = worker_pb2.ScoreRequest(pieces=pieces, continuations=[end])
-        behind = await worker.stub.Score(request, timeout=30)
+        behind = await worker.stub.Score(request, timeout=120)
         assert list(behind.scored[0].token_ids) == [256]
         assert list(behind.scored[0].logprobs) == [pytest.approx(expected_logprob(tokens), rel=1e-6)]
 
@@ -182,7 +182,7 @@ async def planned(**fields: Any) -> ReadPlan:
 
 
 async def test_a_cancelled_call_and_a_late_one_leave_no_block_in_use() -> None:
-    async with running(fake__step_seconds=0.05) as worker:
+    async with running(fake__step_seconds=0.2) as worker:
         call = embed(worker, *["x" * 1500] * 20)
         await worker.until(lambda state: state.running > 0)
         call.cancel()
@@ -195,7 +195,7 @@ async def test_a_cancelled_call_and_a_late_one_leave_no_block_in_use() -> None:
 
 
 async def test_a_lost_engine_is_a_typed_error() -> None:
-    async with running(fake__step_seconds=0.05) as worker:
+    async with running(fake__step_seconds=1.0) as worker:
         call = embed(worker, *["x" * 1500] * 20)
         await worker.until(lambda state: state.running > 0)
         psutil.Process(worker.process.pid).children()[0].kill()
@@ -210,14 +210,14 @@ def plan(texts: list[bytes], **fields: Any) -> ReadPlan:
 
 
 async def test_a_request_with_many_texts_does_not_fill_the_queue() -> None:
-    async with engine(step_seconds=0.005) as client:
+    async with engine(step_seconds=0.02) as client:
         reads = Reads(client, plan([b"%d" % i for i in range(40)], pool="last"))
         task = asyncio.create_task(reads.run())
         most = 0
         while not task.done():
             load = client.load
             most = max(most, load.running + load.waiting if load is not None else 0)
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.002)
         results = await task
     assert 1 < most <= WIDTH
     assert [r.vector for r in results if isinstance(r, Embedded)] == [
@@ -234,7 +234,7 @@ async def test_what_the_router_says_of_a_request_reaches_the_engine() -> None:
 
 
 async def test_a_full_queue_is_told() -> None:
-    async with engine(step_seconds=0.05) as client:
+    async with engine(step_seconds=0.2) as client:
         reads = [Reads(client, plan([b"x" * 100], score_from=1)) for _ in range(5)]
         tasks = [asyncio.create_task(read.run()) for read in reads]
         results = await asyncio.gather(*tasks, return_exceptions=True)

@@ -163,13 +163,15 @@ async def test_a_call_is_accepted_streamed_and_ended_with_usage_that_only_grows(
 
 @pytest.mark.mesh
 async def test_the_first_token_comes_at_once_and_later_ones_together() -> None:
-    async with running(step_seconds=0.002) as client:
-        responses = await collect(client, plan(max_tokens=200), interval=0.4)
+    async with running(step_seconds=0.02) as client:
+        began = time.monotonic()
+        responses = await collect(client, plan(max_tokens=60), interval=0.4)
+        seconds = time.monotonic() - began
     counts = [response.chunk.token_count for response in responses if response.HasField("chunk")]
-    assert counts[0] == 1
-    assert sum(counts) == 200
-    assert len(counts) < 30  # 0.4 s of steps of 2 ms and some, in tenths of a second: one stream is no crowd
-    assert answer(responses) == bytes(expected_tokens(list(b"hello"), GREEDY, 200))
+    assert counts[0] < 30  # one, or what came while its reader was kept waiting; all that come in a second are 50
+    assert sum(counts) == 60
+    assert len(counts) <= 10 * seconds + 3  # in tenths of a second: one stream is no crowd
+    assert answer(responses) == bytes(expected_tokens(list(b"hello"), GREEDY, 60))
 
 
 @pytest.mark.mesh
@@ -191,8 +193,9 @@ async def test_a_reader_that_does_not_read_gets_the_rest_in_one_message_when_it_
                 while client.load is None or client.load.steps_total < 1500 or client.load.running:
                     await asyncio.sleep(0.01)
             rest = [response async for response in responses]
-    assert first[1].chunk.token_count == 1
-    assert [response.chunk.token_count for response in rest] == [1499, 0]  # the rest, and the end
+    begun = first[1].chunk.token_count
+    assert 1 <= begun < 1000
+    assert [response.chunk.token_count for response in rest] == [1500 - begun, 0]  # the rest, and the end
 
 
 @pytest.mark.mesh
@@ -200,13 +203,13 @@ async def test_other_choices_have_their_own_seeds_and_find_the_prompt_cached() -
     seeded = plan(b"x" * 40, choices=3, max_tokens=6, sampling=Sampling(seed=7))
     async with running() as client:
         responses = await collect(client, seeded)
-        load = client.load
+        async with asyncio.timeout(60):
+            while client.load is None or client.load.cached_blocks != 2:
+                await asyncio.sleep(0.005)  # 40 tokens are 2 full blocks of 16, computed once
     for choice in range(3):
         expected = expected_tokens(list(b"x" * 40), Sampling(seed=7 + choice), 6)
         assert answer(responses, choice) == bytes(expected)
     assert responses[-1].usage == pb.Usage(prompt_tokens=40, completion_tokens=18)
-    assert load is not None
-    assert load.cached_blocks == 2  # 40 tokens are 2 full blocks of 16, computed once
 
 
 @pytest.mark.mesh
@@ -215,9 +218,10 @@ async def test_a_stop_string_ends_the_sequence_in_the_engine_too() -> None:
     stop = drawn[10:13].decode()
     async with running(step_seconds=0.002) as client:
         responses = await collect(client, plan(max_tokens=1000, stops=(stop,)))
-        assert client.load is not None
+        async with asyncio.timeout(60):
+            while client.load is None or client.load.cancelled_total != 1:
+                await asyncio.sleep(0.005)
         assert client.load.free_blocks == client.load.total_blocks
-        assert client.load.cancelled_total == 1
     assert answer(responses)[:13] == drawn[: len(answer(responses))][:13]
     assert "".join(response.chunk.text for response in responses) == drawn[: drawn.find(stop.encode())].decode()
 
@@ -276,18 +280,20 @@ async def test_an_engine_that_dies_in_mid_stream_is_a_typed_error() -> None:
 @pytest.mark.mesh
 async def test_a_full_queue_is_told_before_the_call_is_accepted() -> None:
     async with running(step_seconds=0.02) as client:
-        calls = [asyncio.create_task(collect(client, plan(b"p%d" % i, max_tokens=40))) for i in range(2)]
+        endless = [asyncio.create_task(collect(client, plan(b"p%d" % i, max_tokens=2000))) for i in range(2)]
         async with asyncio.timeout(60):
             while client.load is None or client.load.running < 2:
                 await asyncio.sleep(0.005)
-        calls += [asyncio.create_task(collect(client, plan(b"w%d" % i, max_tokens=2))) for i in range(2)]
+        waiting = [asyncio.create_task(collect(client, plan(b"w%d" % i, max_tokens=2))) for i in range(2)]
         await asyncio.sleep(0)
-        began = time.monotonic()
         with pytest.raises(MeshError) as caught:
             await collect(client, plan())
         assert caught.value.reason is Reason.OVERLOADED
-        assert time.monotonic() - began < 1
-        assert all(len(answer(responses)) in (2, 40) for responses in await asyncio.gather(*calls))
+        assert not any(task.done() for task in (*endless, *waiting))
+        for task in endless:
+            task.cancel()
+        await asyncio.gather(*endless, return_exceptions=True)
+        assert [len(answer(responses)) for responses in await asyncio.gather(*waiting)] == [2, 2]
 
 
 @pytest.mark.mesh

@@ -44,7 +44,7 @@ class Worker:
         self.stub: Any = worker_pb2_grpc.WorkerServiceStub(self.channel)
         self.health: Any = health_pb2_grpc.HealthStub(self.channel)
 
-    def call(self, prompt: str = "hello", timeout: float | None = 30, **sampling: Any) -> Any:
+    def call(self, prompt: str = "hello", timeout: float | None = 120, **sampling: Any) -> Any:
         drawn = pb.Sampling(**{"temperature": 0, "max_tokens": 6} | sampling)
         generation = pb.Generation(input=pb.Input(prompt=prompt), sampling=drawn, return_token_ids=True)
         return self.stub.RunGeneration(worker_pb2.RunGenerationRequest(generation=generation), timeout=timeout)
@@ -66,7 +66,7 @@ class Worker:
 
     async def end(self) -> int:
         self.process.terminate()
-        return await asyncio.to_thread(self.process.wait, 30)
+        return await asyncio.to_thread(self.process.wait, 120)
 
 
 @asynccontextmanager

@@ -144,7 +144,7 @@ async def rig(
             worker.model = model
             await worker.start()
             stack.push_async_callback(worker.stop)
-        said = LlamaGuardConfig(**({"workers": tuple(w.target for w in scripted)} | config))  # type: ignore[arg-type]
+        said = LlamaGuardConfig(**({"workers": tuple(w.target for w in scripted), "timeout_seconds": 60.0} | config))  # type: ignore[arg-type]
         workers = Workers(said)
         workers.start()
         stack.push_async_callback(workers.stop)

@@ -33,7 +33,7 @@ class Rig:
         source = generation_pb2.Input(prompt=text)
         request = guard_pb2.CheckInputRequest(request_id="r", tenant="t", policy=policy, input=source)
         try:
-            response = await self.stub.CheckInput(request, timeout=20)
+            response = await self.stub.CheckInput(request, timeout=120)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         verdict: generation_pb2.Verdict = response.verdict
@@ -48,7 +48,7 @@ async def guarding(folder: Path, *, with_worker: bool, **more: str) -> AsyncIter
     said = {
         "GUARD__MODEL": MODEL,
         "GUARD__LLAMA_GUARD__WORKERS": f'["{worker.target}"]',
-        "GUARD__LLAMA_GUARD__TIMEOUT_SECONDS": "0.3",
+        "GUARD__LLAMA_GUARD__TIMEOUT_SECONDS": "60.0" if with_worker else "0.5",
         "GUARD__POLICIES__LAX__FAILURE": "allow",
     } | more
     service, _, _ = build(Source.read(None, {f"MESHLM__{key}": value for key, value in said.items()}))

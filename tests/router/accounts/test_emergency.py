@@ -24,7 +24,9 @@ async def test_only_the_emergency_share_passes(tmp_path: Path) -> None:
     holder = key(requests_per_minute=100, tokens_per_minute=1000)  # a tenth of them: 10, and 100
     book = Book(connect(StateConfig(f"unix://{tmp_path}/none")), holder)
     assert [(await book.reserve(0)).mode for _ in range(10)] == ["emergency"] * 10
-    assert (await book.refused(0)).retry_after == pytest.approx(6, abs=0.5)  # 10 a minute
+    retry_after = (await book.refused(0)).retry_after
+    assert retry_after is not None
+    assert 6 - book.back(60) <= retry_after <= 6  # 10 a minute
 
 
 async def test_streams_and_money_have_their_share_too() -> None:
@@ -76,7 +78,7 @@ async def test_it_is_asked_again_and_told_what_was_settled_meanwhile(tmp_path: P
     """Killed with a stream open; a new one comes on the same socket, without any memory."""
     holder = key(micros_per_day=100_000)
     with run_valkey(tmp_path) as (url, process):
-        client = connect(StateConfig(url))
+        client = connect(StateConfig(url, timeout_seconds=30))
         book = Book(client, holder)
         before = await book.reserve(100, 1000)
         assert before.mode == "shared"
@@ -88,8 +90,11 @@ async def test_it_is_asked_again_and_told_what_was_settled_meanwhile(tmp_path: P
         assert not await book.ledger.settle(meanwhile, Usage(50, completion=10))
     (tmp_path / "s").unlink(missing_ok=True)
     with run_valkey(tmp_path):
+        attempts = 0
 
         async def shared() -> bool:
+            nonlocal attempts
+            attempts += 1
             return (await book.reserve(0)).mode == "shared"
 
         await until(shared)
@@ -99,7 +104,7 @@ async def test_it_is_asked_again_and_told_what_was_settled_meanwhile(tmp_path: P
 
         async def told() -> bool:
             spent = int(await client.get("meshlm:{t}:key:k:micros_per_day"))
-            return spent in range(700 + 60, 700 + 60 + 40)  # and a token for each attempt of `shared`
+            return 700 + 60 <= spent <= 700 + 60 + attempts  # a token for each of them, at most
 
         await until(told)
         await book.ledger.stop()
@@ -109,7 +114,7 @@ async def test_it_is_asked_again_and_told_what_was_settled_meanwhile(tmp_path: P
 async def test_operations_whose_answers_were_lost_are_charged_once_when_the_ledger_wakes(tmp_path: Path) -> None:
     """Stopped, not dead: what was sent to it is still run, after its sender has given it up."""
     with run_valkey(tmp_path) as (url, process):
-        client = connect(StateConfig(url, timeout_seconds=0.2))
+        client = connect(StateConfig(url, timeout_seconds=0.5))
         book = Book(client, key(micros_per_day=100_000))
         known = await book.reserve(100, 1000)
         process.send_signal(signal.SIGSTOP)

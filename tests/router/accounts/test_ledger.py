@@ -30,7 +30,8 @@ async def test_a_minutes_worth_may_come_at_once_and_then_no_more(state: Redis) -
     assert left == [4, 3, 2, 1, 0]
     error = await book.refused(10)
     assert (error.reason, error.metadata["limit"]) == (Reason.RATE_LIMITED, "requests_per_minute")
-    assert error.retry_after == pytest.approx(12, abs=1)  # 5 a minute: the next in 12 s
+    assert error.retry_after is not None
+    assert 12 - book.back(60) <= error.retry_after <= 12  # 5 a minute: the next in 12 s
     assert float(error.metadata["wait_seconds"]) == pytest.approx(error.retry_after, abs=0.001)
 
 
@@ -41,7 +42,7 @@ async def test_what_was_not_used_is_given_back(state: Redis) -> None:
     await book.refused(200)
     assert await book.ledger.settle(first, Usage(prompt=200, completion=100))
     second = await book.reserve(590, 10)
-    assert second.left[Kind.TOKENS] == pytest.approx(100, abs=2)  # 1000 - 300 - 600, and a little time
+    assert 100 <= second.left[Kind.TOKENS] <= 100 + book.back()  # 1000 - 300 - 600, and a little time
 
 
 async def test_more_than_was_reserved_is_charged_as_a_debt(state: Redis) -> None:
@@ -49,7 +50,8 @@ async def test_more_than_was_reserved_is_charged_as_a_debt(state: Redis) -> None
     first = await book.reserve(99)
     await book.ledger.settle(first, Usage(prompt=1500))
     error = await book.refused(499)
-    assert error.retry_after == pytest.approx(60, abs=2)  # 1500 + 500 - 1000 = 1000 tokens = a minute
+    assert error.retry_after is not None
+    assert 60 - book.back(60) <= error.retry_after <= 60  # 1500 + 500 - 1000 = 1000 tokens = a minute
 
 
 async def test_a_second_settlement_changes_nothing(state: Redis) -> None:
@@ -59,14 +61,14 @@ async def test_a_second_settlement_changes_nothing(state: Redis) -> None:
     assert await book.ledger.settle(first, Usage())
     assert not await book.ledger.settle(first, Usage())
     assert not await book.ledger.settle(again, Usage())
-    assert (await book.reserve(899)).left[Kind.TOKENS] == pytest.approx(100, abs=2)
+    assert 100 <= (await book.reserve(899)).left[Kind.TOKENS] <= 100 + book.back()
 
 
 async def test_a_repeated_reservation_is_charged_once(state: Redis) -> None:
     book = Book(state, LIMITED)
     await book.reserve(599, name="a")
     await book.reserve(599, name="a")
-    assert (await book.reserve(299)).left[Kind.TOKENS] == pytest.approx(100, abs=2)
+    assert 100 <= (await book.reserve(299)).left[Kind.TOKENS] <= 100 + book.back()
 
 
 async def test_an_extension_that_comes_after_the_settlement_takes_nothing(state: Redis) -> None:
@@ -75,7 +77,7 @@ async def test_an_extension_that_comes_after_the_settlement_takes_nothing(state:
     late = Reservation(first.id, first.terms, first.usage, "shared", first.granted, number=1)
     await book.ledger.settle(first, Usage())
     await book.ledger.extend(late, Usage(prompt=99), 500)
-    assert (await book.reserve(899)).left[Kind.TOKENS] == pytest.approx(100, abs=2)
+    assert 100 <= (await book.reserve(899)).left[Kind.TOKENS] <= 100 + book.back()
 
 
 async def test_an_extension_that_was_overtaken_takes_nothing_back(state: Redis) -> None:
@@ -152,7 +154,7 @@ async def test_a_tenants_limit_is_of_all_its_keys_and_of_no_others(state: Redis)
     await book.reserve(599, holder=keys[0])
     error = await book.refused(599, holder=keys[1])
     assert (error.metadata["holder"], error.metadata["holder_id"]) == ("tenant", "t")
-    assert (await book.reserve(399, holder=keys[1])).left[Kind.TOKENS] <= 10  # the tenant's, not the key's
+    assert (await book.reserve(399, holder=keys[1])).left[Kind.TOKENS] <= book.back()  # the tenant's, not the key's
     assert (await book.reserve(10**6, holder=keys[2])).mode == "unlimited"
 
 
@@ -166,7 +168,8 @@ async def test_a_models_limit_is_of_that_model_beside_that_of_all(state: Redis) 
     await book.reserve(10, model="large")
     error = await book.refused(10, model="large")
     assert (error.metadata["model"], error.metadata["limit"]) == ("large", "requests_per_minute")
-    assert (await book.reserve(899, model="m")).left[Kind.TOKENS] == pytest.approx(1000 - 60 - 11 - 900, abs=3)
+    left = (await book.reserve(899, model="m")).left[Kind.TOKENS]
+    assert 1000 - 60 - 11 - 900 <= left <= 1000 - 60 - 11 - 900 + book.back()
 
 
 async def test_a_stream_is_granted_what_is_left_and_not_a_token_more(state: Redis) -> None:
@@ -204,7 +207,7 @@ class TestStreams:
         await book.ledger.stop()
 
     async def test_the_places_of_a_dead_router_are_free_when_their_leases_end_and_no_others(self, state: Redis) -> None:
-        alive, dead = Book(state, key(concurrent_streams=2)), Book(state, key(concurrent_streams=2))
+        alive, dead = (Book(state, key(concurrent_streams=2), lease_seconds=3.0) for _ in range(2))
         await alive.reserve(1, name="alive")
         await dead.reserve(1, name="dead")
         await dead.ledger.stop()  # as a process that was killed: nothing renews its lease
@@ -242,14 +245,14 @@ class TestWeights:
         assert first.left[Kind.DAY] == 1000 - 100
         assert first.left[Kind.REQUESTS] == 9
         await book.ledger.settle(first, Usage(prompt=49, completion=1))
-        assert (await book.reserve(0)).left[Kind.TOKENS] == pytest.approx(1000 - 200 - 1, abs=2)
+        assert 1000 - 200 - 1 <= (await book.reserve(0)).left[Kind.TOKENS] <= 1000 - 200 - 1 + book.back()
 
     async def test_each_token_of_the_answer_is_charged_so_many_times_too(self, state: Redis) -> None:
         book = Book(state, key(completion_tokens_per_minute=1000, micros_per_day=10_000))
         first = await book.reserve(100, 1000, weight=2.5)
         assert first.granted == SLICE
         await book.ledger.extend(first, Usage(prompt=100, completion=256), 512)
-        assert first.granted == pytest.approx(400, abs=1)  # 1000 / 2.5, and a little time
+        assert 400 <= first.granted <= 400 + book.back() / 2.5  # 1000 / 2.5, and a little time
 
     async def test_a_weight_never_makes_a_request_impossible(self, state: Redis) -> None:
         book = Book(state, key(tokens_per_minute=1000, concurrent_streams=2))
@@ -260,7 +263,8 @@ class TestWeights:
 
 
 async def test_a_limit_that_does_not_count_the_answer_is_not_asked_while_it_streams(state: Redis) -> None:
-    book = Book(state, key(requests_per_minute=5, prompt_tokens_per_minute=1000, concurrent_streams=1))
+    limits = key(requests_per_minute=5, prompt_tokens_per_minute=1000, concurrent_streams=1)
+    book = Book(state, limits, lease_seconds=1.0)
     reservation = await book.reserve(10, 5000)
     assert (reservation.mode, reservation.endless) == ("shared", True)
     record = await state.get(f"meshlm:{{t}}:reservation:{reservation.id}")
@@ -270,7 +274,7 @@ async def test_a_limit_that_does_not_count_the_answer_is_not_asked_while_it_stre
 
     await until(renewed)
     assert await book.ledger.settle(reservation, Usage(20, completion=5000))
-    assert (await book.reserve(10)).left[Kind.PROMPT] == pytest.approx(1000 - 20 - 10, abs=20)
+    assert 1000 - 20 - 10 <= (await book.reserve(10)).left[Kind.PROMPT] <= 1000 - 20 - 10 + book.back()
     await book.ledger.stop()
 
 
@@ -315,7 +319,7 @@ async def test_many_at_once_never_get_more_than_the_limit(state: Redis) -> None:
     book = Book(state, key(tokens_per_minute=1000))
     results = await asyncio.gather(*(book.reserve(29) for _ in range(100)), return_exceptions=True)
     granted = sum(not isinstance(result, BaseException) for result in results)
-    assert granted in (33, 34)  # 1000 / 30, and what trickles in meanwhile
+    assert 33 <= granted <= (1000 + book.back()) / 30
 
 
 Order = tuple[int, int, float, bool]

@@ -352,9 +352,9 @@ async def test_a_guard_is_not_late_while_it_owes_nothing() -> None:
     async def slow() -> AsyncIterator[Any]:
         async for message in worker(["one ", "two ", "three"]):
             yield message
-            await asyncio.sleep(0.03)
+            await asyncio.sleep(0.45)
 
-    ward = guarded("strict", WordJudge(), seconds=0.02)  # all of this is one window
+    ward = guarded("strict", WordJudge(), seconds=0.4)  # all of this is one window
     assert (await seen(ward, slow())).text == "one two three"
     assert ward.errors == []
 

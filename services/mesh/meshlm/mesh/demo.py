@@ -23,6 +23,7 @@ from meshlm.mesh.client import AsyncMesh
 from meshlm.mesh.events import Text
 from meshlm.mesh.launcher import isolated_mesh
 from meshlm.mesh.model import fetch
+from meshlm.mesh.plan import variable
 from meshlm.mesh.process import ProcessEvent, Stopped
 from meshlm.mesh.requests import Asked
 from meshlm.mesh.state import StateFolder
@@ -70,6 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# What it shows must happen on a busy machine too, where an answer from the cache may be late.
+_PATIENT = {variable("router", "cache_seconds"): "20.0", variable("state", "timeout_seconds"): "10.0"}
+
+
 async def _show(root: Path, console: Console) -> None:
     teller, ends = Teller(console, StateFolder(root)), list[Stopped]()
 
@@ -78,7 +83,7 @@ async def _show(root: Path, console: Console) -> None:
             ends.append(event)
         teller.tell(event)
 
-    with isolated_mesh(root, {}, tell=tell) as mesh:
+    with isolated_mesh(root, _PATIENT, tell=tell) as mesh:
         try:
             console.print(Rule("A mesh on this machine", style="dim"))
             await start_with_progress(mesh, teller, console)

@@ -63,7 +63,7 @@ class RouterService:
         return ["meshlm.v1.InferenceService"]
 
     async def start(self, life: Life) -> None:
-        """Ready once it has heard its workers, or they had their time: replicas come and go, and a request that finds
+        """Ready once its workers are, or they had their time: replicas come and go, and a request that finds
         none gets that as its reason."""
         self._fleet.start()
         self._quarantine.start()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class ReplicaConfig:
     """How replicas are compared, and when one is left out. docs/routing.md says how it works."""
 
-    # Seconds for which a router that starts waits until it has heard every worker, not serving; calls that come
-    # meanwhile wait, too. Then it serves with those it has heard. 0: it serves at once.
+    # Seconds for which a router that starts waits until every worker is ready, not serving; calls that come meanwhile
+    # wait, too. Then it serves with those that are. 0: it serves at once.
     hear_seconds: float = 10.0
     # Seconds over which a replica that has just become ready gets up to its full share; 0: at once.
     slow_start_seconds: float = 15.0

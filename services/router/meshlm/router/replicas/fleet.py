@@ -50,8 +50,8 @@ class Fleet:
         self._clock = clock
         self._watches: list[asyncio.Task[None]] = []
         self._deadline: asyncio.TimerHandle | None = None
-        self._strangers = set(targets)  # not heard yet
-        self._introduced = asyncio.Event()  # every worker was heard once, or had its time
+        self._strangers = set(targets)  # not heard yet, or only that they load
+        self._introduced = asyncio.Event()  # every worker was ready once, or had its time
         self.on_ejection: Callable[[Replica, int, float], None] = lambda replica, replicas, seconds: None
         self._on_news: Callable[[], None] = lambda: None
         self._chance = random.Random()  # noqa: S311  where a request goes is no secret
@@ -76,8 +76,8 @@ class Fleet:
             self._deadline = asyncio.get_running_loop().call_later(self._config.hear_seconds, self._start_without)
 
     async def introduced(self) -> None:
-        """Until every worker was heard once, at most `hear_seconds` from the start: before that, "no replica" would
-        only mean that this router is young."""
+        """Until every worker was heard to be ready once (or to drain), at most `hear_seconds` from the start: before
+        that, "no replica" would only mean that this router is young."""
         await self._introduced.wait()
 
     async def stop(self) -> None:
@@ -195,7 +195,7 @@ class Fleet:
 
     def _start_without(self) -> None:
         if self._strangers:
-            log.warning("serving without workers that were not heard", targets=sorted(self._strangers))
+            log.warning("serving without workers that are not ready", targets=sorted(self._strangers))
             self._introduced.set()
 
     async def _watch(self, replica: Replica) -> None:
@@ -207,7 +207,8 @@ class Fleet:
                     if replica.state is None:
                         log.info("worker heard", target=replica.target, replica=state.replica, model=state.model.name)
                     replica.hear(state)
-                    self._strangers.discard(replica.target)
+                    if state.ready or state.draining:
+                        self._strangers.discard(replica.target)
                     if not self._strangers:
                         self._introduced.set()
                     self._limits.set(replica.limit.value, {Name.REPLICA: replica.name})

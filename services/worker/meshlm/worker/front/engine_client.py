@@ -323,10 +323,18 @@ class EngineClient:
         return f"the engine ended with code {code}"
 
     async def _hang(self) -> str:
-        """Returns when the engine is silent, or has work and makes no step."""
+        """Returns when the engine is silent, or has work and makes no step. Time in which this process did not run
+        either does not count: it has not heard what was said, and the engine may have been kept waiting as it was."""
+        pause = min(1.0, self._hang_seconds / 4)
         while True:
-            await asyncio.sleep(min(1.0, self._hang_seconds / 4))
+            slept = time.monotonic()
+            await asyncio.sleep(pause)
             now = time.monotonic()
+            if (stalled := now - slept - pause) > pause:
+                log.warning("the front was kept waiting", seconds=round(stalled, 3))
+                self._last_message += stalled
+                self._last_progress += stalled
+                continue
             if self._engine is None:
                 if now - self._last_message > self._load_seconds:
                     return "the engine made no progress while loading"
