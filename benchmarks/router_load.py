@@ -97,6 +97,8 @@ class HttpCaller:
         body = load.body()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {LITELLM_KEY}\r\n"
         head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        while self._idle and self._idle[-1][0].at_eof():  # it closes what was idle for some seconds
+            self._idle.pop()[1].close()
         begun = time.perf_counter()
         connection = (
             self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
