@@ -10,6 +10,11 @@ import harness
 from harness import Row
 
 _GOAL = re.compile(r"([<>]) ([\d.]+)( times)?")
+_QUIET = 0.7  # load of a machine that has nothing else to do
+_BUSY = """\
+Other work had the cores meanwhile (load {load:.1f} before it began): compare values with their peer and limit, which
+had to share as much, and not with goals.
+"""
 _TEXT = """\
 Client, router, engine and whoever stands beside them share the cores, so latencies are upper bounds. The engine has a
 fixed token rate (`benchmarks/peers/fixed_engine.py`); requests of 8 messages for "requests", a token a message for
@@ -25,14 +30,15 @@ Where the time goes, and what was tried: docs/router-cost.md.
 """
 
 
-def page(rows: Sequence[Row], *, quick: bool) -> str:
-    """All of it, in Markdown."""
+def page(rows: Sequence[Row], *, quick: bool, load: float) -> str:
+    """All of it, in Markdown. `load`: of the machine before it began."""
     rounds = max(row.n for row in rows)
     command = "benchmarks/router.py" + (" --quick" if quick else "")
     lines = [
         f"# The router, {datetime.now(UTC).date().isoformat()}\n",
         f"```\n.venv/bin/python {command} --page FILE\n```\n",
         f"{harness.device()}; commit {harness.commit()}; {rounds} round{'s' * (rounds > 1)} of each figure.\n",
+        *([_BUSY.format(load=load)] if load > _QUIET else []),
         _TEXT,
         "| figure | value | spread | beside it, in the same run | ratio | limit | goal |",
         "| --- | --- | --- | --- | --- | --- | --- |",
