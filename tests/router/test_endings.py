@@ -111,7 +111,7 @@ class Ends:
         await self._until(lambda: not any(mesh.pipeline._dispatcher._overload._queues))
         assert not mesh.ledger._leases
         assert not mesh.ledger._owed
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while await self._held():
                 await asyncio.sleep(0.002)
         assert int(await self.state.get(DAY) or 0) == self.told, work.outcome
