@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -83,6 +85,43 @@ class TestStream:
             with pytest.raises(MeshError) as caught:
                 await collect(mesh)
         assert caught.value.reason is Reason.NO_REPLICA
+
+
+@asynccontextmanager
+async def door(target: str, resets: int) -> AsyncIterator[str]:
+    """The way to a router for connections that come after the first so many, which are reset."""
+    came = 0
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        writer.close()
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal came
+        came += 1
+        if came <= resets:
+            writer.transport.abort()
+            return
+        back, forth = await asyncio.open_unix_connection(target.removeprefix("unix:"))
+        await asyncio.gather(pump(reader, forth), pump(back, writer))
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    assert came > resets
+    server.close()
+
+
+async def test_a_connection_that_a_leaving_router_resets_is_made_again_and_the_call_sent_once(
+    router: ScriptedRouter,
+) -> None:
+    async with door(router.target, resets=1) as target, AsyncMesh(target, key=KEY) as mesh:
+        assert text_of(await collect(mesh)) == "".join(WORDS)
+    async with door(router.target, resets=2) as target, AsyncMesh(target, key=KEY) as mesh:
+        assert (await mesh.generate(prompt="hello")).text == "one"
+    assert len(router.requests) == 1
+    assert len(router.metadata) == 2
 
 
 class TestResume:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -33,6 +33,30 @@ _RETRYABLE = tuple((_SERVICE, method) for method in ("ListModels", "CountTokens"
 # Another replica, or the same one in a moment, can go on with the answer.
 _RESUMABLE = frozenset({Reason.ENGINE_LOST, Reason.NO_REPLICA, Reason.DRAINING, Reason.OVERLOADED})
 _RESUME_DELAY = 0.2
+# Before calls that had no connection are made again, seconds; the channel tries again after 0.1 (channels.py).
+_RECONNECT_PAUSES = (0.15, 0.3)
+
+
+def _unsent(error: grpc.RpcError) -> bool:
+    """Whether there was no connection to send the call by. A router that ends resets those that it had not taken yet,
+    whoever else listens on its port."""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in (error.details() or "")
+
+
+async def _messages(make: Callable[[], Any]) -> AsyncGenerator[Any, None]:
+    """Of a call, which is made again while there is no connection to send it by."""
+    for pause in (*_RECONNECT_PAUSES, None):
+        call = make()
+        try:
+            async for message in call:
+                yield message
+            return
+        except grpc.RpcError as error:
+            if pause is None or not _unsent(error):
+                raise
+        finally:
+            call.cancel()  # nothing, unless the caller left early
+        await asyncio.sleep(pause)
 
 
 class AsyncMesh:
@@ -79,18 +103,17 @@ class AsyncMesh:
         ends_at: float | None,
         request_id: str,
     ) -> AsyncGenerator[Event, None]:
-        call = self._stub.StreamGenerate(request, metadata=self._metadata(request_id), timeout=_left(ends_at))
-        ended = False
+        metadata, ended = self._metadata(request_id), False
+        calls = _messages(lambda: self._stub.StreamGenerate(request, metadata=metadata, timeout=_left(ends_at)))
         try:
-            async for message in call:
-                event = reader.read(message)
-                if event is not None:
-                    ended = ended or isinstance(event, End)
-                    yield event
+            async with aclosing(calls) as messages:
+                async for message in messages:
+                    event = reader.read(message)
+                    if event is not None:
+                        ended = ended or isinstance(event, End)
+                        yield event
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
-        finally:
-            call.cancel()  # nothing, unless the caller left early
         if not ended:
             raise MeshError(Reason.INTERNAL, "the stream ended without its last message")
 
@@ -131,10 +154,15 @@ class AsyncMesh:
         await self._channel.close()
 
     async def _unary(self, method: Any, request: Any, deadline: float | None, request_id: str = "") -> Any:
-        try:
-            return await method(request, metadata=self._metadata(request_id), timeout=_left(self._ends_at(deadline)))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        metadata, ends_at = self._metadata(request_id), self._ends_at(deadline)
+        for pause in (*_RECONNECT_PAUSES, None):
+            try:
+                return await method(request, metadata=metadata, timeout=_left(ends_at))
+            except grpc.RpcError as error:
+                if pause is None or not _unsent(error):
+                    raise from_rpc_error(error) from None
+            await asyncio.sleep(pause)
+        return None
 
     def _metadata(self, request_id: str) -> list[tuple[str, str]]:
         metadata = [("authorization", f"Bearer {self._key}")] if self._key else []
