@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from meshlm.kernels.native import ops
@@ -15,7 +15,7 @@ from meshlm.kernels.native.library import Library, NativeUnavailableError, open_
 from meshlm.kernels.rope import reference_rope, rope_frequencies
 
 # Largest error allowed, times the largest value: rounding of sums, then half a step of each format.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "int8": 2e-2, "int4": 2.5e-1}
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "bfloat16_pairs": 1e-2, "int8": 2e-2, "int4": 2.5e-1}
 POISON = 0xFF  # as floats, bfloat16 and scales: no number
 
 
@@ -60,6 +60,8 @@ def sequence(
     seed: int = 0,
 ) -> Sequence:
     """Random keys and values in blocks that lie scattered, in layer 1 of 2."""
+    if dtype == "bfloat16_pairs" and not library.pair_products:
+        pytest.skip("this library does not multiply pairs here")
     generator = torch.Generator().manual_seed(seed)
     used = -(-length // block_size)
     shape = ops.CacheShape(2, used + 3, kv_heads, block_size, head_dim, dtype)
@@ -136,8 +138,10 @@ def test_any_shape_is_attention(
     sinks: int,
     tile_rows: int,
 ) -> None:
+    library = open_library(isa)
+    assume(dtype != "bfloat16_pairs" or library.pair_products)
     seq = sequence(
-        open_library(isa), length, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, block_size=block_size, seed=length
+        library, length, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, block_size=block_size, seed=length
     )
     q = queries(seq, group, window=window)
     out = ops.attention(seq.cache, everything(seq, sinks), q, tile_rows=tile_rows)
@@ -173,6 +177,11 @@ def test_a_token_that_is_no_number_reaches_only_those_who_see_it(library: Librar
         assert torch.equal(after[:70], before[:70])
         assert after[70:, :2].isnan().all()
         assert not after[70:, 2:].isfinite().all(-1).any()
+
+
+def test_pairs_are_refused_where_they_cannot_be_multiplied() -> None:
+    with pytest.raises(ValueError, match="generic code does not multiply pairs of bfloat16"):
+        ops.Cache(open_library("generic"), ops.CacheShape(1, 1, 1, 16, 64, "bfloat16_pairs"))
 
 
 def test_tokens_of_a_batch_do_not_see_other_sequences(library: Library) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from meshlm.kernels.native import ops
@@ -23,7 +23,7 @@ def _isas() -> tuple[str, ...]:
 
 ISAS = _isas()
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
-DTYPES = ["float32", "bfloat16", "int8", "int4"]
+DTYPES = ["float32", "bfloat16", "bfloat16_pairs", "int8", "int4"]
 
 
 @pytest.fixture(params=ISAS)
@@ -53,9 +53,14 @@ def attention_received(key: torch.Tensor, q: torch.Tensor, rows: range, scale: f
     return p.sum(1).reshape(kv_heads, group, length).sum(1)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05), ("int8", 0.05), ("int4", 0.8)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("float32", 1e-5), ("bfloat16", 0.05), ("bfloat16_pairs", 0.05), ("int8", 0.05), ("int4", 0.8)],
+)
 def test_observed_scores_are_the_probabilities_received(library: Library, dtype: str, tolerance: float) -> None:
     """A prompt in two chunks, then single tokens; slots begin at zero whatever they held before."""
+    if dtype == "bfloat16_pairs" and not library.pair_products:
+        pytest.skip("this library does not multiply pairs here")
     generator = torch.Generator().manual_seed(5)
     length, kv_heads, group, head_dim = 203, 2, 3, 64
     table = [6, 2, 9, 0, 7, 4, 3]
@@ -98,6 +103,7 @@ def test_kept_tokens_are_those_that_matter_unchanged_and_in_order(
 ) -> None:
     """Every layer and head keeps its own; afterwards its attention is that over the kept tokens, bit for bit."""
     library = open_library(isa)
+    assume(dtype != "bfloat16_pairs" or library.pair_products)
     keep, recent = min(keep, length), min(recent, keep, length)
     generator = torch.Generator().manual_seed(length * 151 + keep)
     shape = ops.CacheShape(2, 12, 2, 16, 32, dtype)

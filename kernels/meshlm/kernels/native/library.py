@@ -31,6 +31,11 @@ class Library:
             raise NativeUnavailableError(f"{path.name} cannot be loaded: {error}") from error
         self._functions: dict[str, Callable[..., Any]] = {}
 
+    @property
+    def pair_products(self) -> bool:
+        """Whether it multiplies bfloat16 in pairs on this CPU (AVX512_BF16), and can so keep a KV cache in them."""
+        return bool(self.function("native_pair_products", ctypes.c_int)())
+
     def function(self, name: str, restype: Any, *argtypes: Any) -> Callable[..., Any]:
         """The exported function `name` with its C types, which are those of the first call for that name."""
         if name not in self._functions:

@@ -17,6 +17,7 @@ from meshlm.kernels.native.library import Library, Pool
 from meshlm.kernels.native.memory import Arena
 from meshlm.kernels.native.structures import (
     KV_BFLOAT16,
+    KV_BFLOAT16_PAIRS,
     KV_FLOAT32,
     KV_INT4,
     KV_INT8,
@@ -24,7 +25,13 @@ from meshlm.kernels.native.structures import (
     KvCache,
 )
 
-KV_TYPES = {"float32": KV_FLOAT32, "bfloat16": KV_BFLOAT16, "int8": KV_INT8, "int4": KV_INT4}
+KV_TYPES = {
+    "float32": KV_FLOAT32,
+    "bfloat16": KV_BFLOAT16,
+    "bfloat16_pairs": KV_BFLOAT16_PAIRS,  # the same elements in another order, where `Library.pair_products`
+    "int8": KV_INT8,
+    "int4": KV_INT4,
+}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 POOLING = 7  # neighbours that share a token's importance while a prompt is computed, as in SnapKV
 
@@ -66,7 +73,12 @@ class Cache:
     def __init__(
         self, library: Library, shape: CacheShape, key_scale: torch.Tensor | None = None, fill: int | None = None
     ) -> None:
-        """key_scale: (layers, kv_heads, head_dim), for int4: what keys are divided by before they are stored."""
+        """key_scale: (layers, kv_heads, head_dim), for int4: what keys are divided by before they are stored.
+
+        Raises ValueError for bfloat16_pairs where the library does not multiply them.
+        """
+        if shape.dtype == "bfloat16_pairs" and not library.pair_products:
+            raise ValueError(f"{library.isa} code does not multiply pairs of bfloat16 on this CPU")
         self.library, self.shape, self.key_scale = library, shape, key_scale
         self.struct = KvCache(
             KV_TYPES[shape.dtype], shape.layers, shape.blocks, shape.kv_heads, shape.block_size, shape.head_dim

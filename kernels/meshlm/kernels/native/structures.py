@@ -9,7 +9,7 @@ import ctypes
 from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 
 SILU, GELU_TANH = 0, 1
-KV_FLOAT32, KV_BFLOAT16, KV_INT8, KV_INT4 = 0, 1, 2, 3
+KV_FLOAT32, KV_BFLOAT16, KV_BFLOAT16_PAIRS, KV_INT8, KV_INT4 = range(5)
 
 
 class Matrix(ctypes.Structure):

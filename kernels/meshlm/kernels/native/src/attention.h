@@ -9,6 +9,18 @@
 
 constexpr int SEGMENT = 512;  // cache indices of one partial result
 
+// One query times the scale, as pairs of bfloat16 `stride` apart.
+static inline void pack_pairs(const float* from, int dim, float scale, uint32_t* to, int stride) {
+    for (int d = 0; d < dim; d += PIECE) {
+        float scaled[PIECE];
+        uint16_t halves[PIECE];
+        const int count = std::min(PIECE, dim - d);
+        for (int i = 0; i < count; i++) scaled[i] = from[d + i] * scale;
+        to_bf16(scaled, count, halves);
+        for (int i = 0; i < count; i += 2, to += stride) std::memcpy(to, halves + i, 4);
+    }
+}
+
 // Copies the queries of rows [first, first + rows) of a span, times the scale, by blocks of up to QUERIES pairs as
 // [head_dim][pairs of the block].
 static inline void pack_queries(
@@ -22,6 +34,10 @@ static inline void pack_queries(
         int head = a.kv_head * a.group + pair % a.group, block = pair / QUERIES * QUERIES;
         int stride = std::min(QUERIES, pairs - block);
         const float* from = q + (size_t)(s.row + first + pair / a.group) * a.q_stride + (size_t)head * dim;
+        if (c.type == KV_BF16_PAIRS) {
+            pack_pairs(from, dim, a.scale, (uint32_t*)packed + (size_t)block * dim + (pair - block), stride);
+            continue;
+        }
         float* to = packed + (size_t)block * dim + (pair - block);
         for (int d = 0; d < dim; d++) to[d * stride] = from[d] * a.scale * (factor ? factor[d] : 1.0f);
     }

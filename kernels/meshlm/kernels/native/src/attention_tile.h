@@ -4,18 +4,13 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "attention_pairs.h"
 #include "kv_cache.h"
 #include "kv_read.h"
+#include "kv_tile.h"
 
 constexpr int TILE_ROWS = 32;  // query rows of a call
-constexpr int KV_TILE = 64;    // cache indices of one softmax step
 constexpr int QUERIES = 6;     // (row, head) pairs computed together: their sums fill the registers
-constexpr int TILE_PIECES = KV_TILE / PIECE;
-#if defined(__AVX512F__)
-constexpr int WIDE_PIECES = TILE_PIECES;  // pieces of keys multiplied together
-#else
-constexpr int WIDE_PIECES = 1;
-#endif
 constexpr float NOTHING = -3.0e38f;  // below every score: the maximum of no keys
 
 // Rows [row, row + count) of the batch are the cache indices [start, start + count) of one sequence. The row at cache index
@@ -43,7 +38,7 @@ struct Attention {
 
 // What a call works in; all of it lies in its scratch. M is the number of (row, head) pairs.
 struct AttentionWork {
-    float* q;          // [M][head_dim], times scale, by blocks of QUERIES transposed
+    float* q;          // [M][head_dim], times scale, by blocks of QUERIES transposed; of BF16_PAIRS half as long
     float* q_rebased;  // the same
     float* out;        // [M][width], of the segment
     float* top;        // [M] greatest score so far
@@ -84,18 +79,6 @@ static inline size_t attention_scratch(const KvCache& c, int group, int rows = T
     return sizeof(float) * (m * (2 * dim + 3 * width + 5 + W) + (2 * QUERIES + 2 + dim + width) * KV_TILE + 16 * 16);
 }
 
-// One tile of keys and values as the products read it: in the cache, or converted to floats.
-struct KvTile {
-    int from;    // first cache index
-    int first;   // pieces [first, last) are there
-    int last;
-    bool floats;  // converted
-    const uint8_t* keys[TILE_PIECES];
-    const uint8_t* values[TILE_PIECES];
-    const float* key_scales;    // [KV_TILE], or null
-    const float* value_scales;  // [KV_TILE], or null
-};
-
 // Pieces [first, last) of the tile at cache index `from`. Formats with cheap loads are converted only where `many` queries
 // share the work.
 static inline KvTile read_tile(
@@ -103,7 +86,8 @@ static inline KvTile read_tile(
 ) {
     const KvCache& c = *a.cache;
     PieceLayout part = piece_layout(c);
-    KvTile tile{from, first, last, c.type == KV_F32 || c.type == KV_INT4 || many, {}, {}, nullptr, nullptr};
+    const bool floats = c.type == KV_F32 || c.type == KV_INT4 || (many && c.type != KV_BF16_PAIRS);
+    KvTile tile{from, first, last, floats, {}, {}, nullptr, nullptr};
     size_t dim = c.head_dim, width = kv_width(c);
     for (int p = first; p < last; p++) {
         const uint8_t* piece = kv_piece(c, a.layer, a.kv_head, table, from + p * PIECE);
@@ -156,11 +140,23 @@ static inline void multiply_keys(const float* q, const uint8_t* const* pieces, i
 }
 
 template <int R, class Source>
-static inline void score_pieces(const float* q, const KvTile& tile, int dim, int first, int last, float* scores) {
+static inline void score_floats(const float* q, const KvTile& tile, int dim, int first, int last, float* scores) {
     int p = first;
     for (; p + WIDE_PIECES <= last; p += WIDE_PIECES)
         multiply_keys<R, WIDE_PIECES, Source>(q, tile.keys + p, dim, scores + p * PIECE);
     for (; p < last; p++) multiply_keys<R, 1, Source>(q, tile.keys + p, dim, scores + p * PIECE);
+}
+
+template <class Source>
+constexpr bool PAIRED = std::is_same_v<Source, PairSource>;
+
+template <int R, class Source>
+static inline void score_pieces(const float* q, const KvTile& tile, int dim, int first, int last, float* scores) {
+#if defined(__AVX512F__)
+    if constexpr (PAIRED<Source>) return score_pairs<R>((const uint32_t*)q, tile, dim, first, last, scores);
+    else
+#endif
+        score_floats<R, Source>(q, tile, dim, first, last, scores);
     if (!tile.key_scales) return;
     for (int r = 0; r < R; r++)
         for (int t = first * PIECE; t < last * PIECE; t += W)
@@ -262,7 +258,7 @@ static inline void multiply_values(
 }
 
 template <int R, class Source>
-static inline void add_values(
+static inline void add_floats(
     float* out, int width, const float* corrections, const float* p, const KvTile& tile, int begin, int end
 ) {
     constexpr int C = W == 8 ? 2 : 4;
@@ -273,7 +269,19 @@ static inline void add_values(
         multiply_values<R, 1, Source>(out, width, corrections, p, tile, channel, begin, end);
 }
 
-// The same where the rows see different ranges: what they share together, and before and behind it each its own.
+template <int R, class Source>
+static inline void add_values(
+    float* out, int width, const float* corrections, const float* p, const KvTile& tile, int begin, int end
+) {
+#if defined(__AVX512F__)
+    if constexpr (PAIRED<Source>) return add_value_pairs<R>(out, width, corrections, p, tile, begin, end);
+    else
+#endif
+        add_floats<R, Source>(out, width, corrections, p, tile, begin, end);
+}
+
+// The same where the rows see different ranges: what they share together, and before and behind it each its own. Pairs of
+// tokens are not cut apart, for their products are one sum.
 template <int R, class Source>
 static inline void add_ranges(
     float* out, int width, float* corrections, const float* p, const KvTile& tile, const int* low, const int* high
@@ -285,6 +293,7 @@ static inline void add_ranges(
         begin = std::max(begin, low[r]);
         end = std::min(end, high[r]);
     }
+    if (PAIRED<Source> && !alike) begin += begin % 2, end -= end % 2;
     auto alone = [&](int r, int from, int to) {
         if (from < to) add_values<1, Source>(out + r * width, width, corrections + r, p + r * KV_TILE, tile, from, to);
         if (from < to) corrections[r] = 1.0f;
@@ -321,6 +330,13 @@ static inline void attend(
     alignas(64) float corrections[PIECE];
     score_tile<R, Source>(a, s, tile, w.q + (size_t)pair * dim, w.q_rebased + (size_t)pair * dim, w);
     softmax_step<R>(seen, tile, w.top + pair, w.total + (size_t)pair * W, corrections, w.scores);
+#if defined(__AVX512F__)
+    if constexpr (PAIRED<Source>)  // in place: a row's halves fill the first half of its room
+        for (int r = 0; r < R; r++) {
+            float* row = w.scores + r * KV_TILE;
+            for (int t = 0; t < KV_TILE; t += W) store_bf16((uint16_t*)row + t, load(row + t));
+        }
+#endif
     float* out = w.out + (size_t)pair * width;
     if (*std::max_element(sinks_high, sinks_high + R) > 0)
         add_ranges<R, Source>(out, width, corrections, w.scores, tile, sinks_low, sinks_high);
@@ -333,6 +349,9 @@ static inline void each_block(const KvCache& c, const KvTile& tile, int pairs, F
     for (int pair = 0; pair < pairs; pair += QUERIES) {
         with_constant<QUERIES>(std::min(QUERIES, pairs - pair), [&](auto r) {
             constexpr int R = decltype(r)::value;
+#if defined(__AVX512F__)
+            if (c.type == KV_BF16_PAIRS) return f.template operator()<R, PairSource>(pair);
+#endif
             if (tile.floats) f.template operator()<R, FloatSource>(pair);
             else if (c.type == KV_BF16) f.template operator()<R, Bf16Source>(pair);
             else f.template operator()<R, Int8Source>(pair);

@@ -79,6 +79,14 @@ static inline void move_token(const KvCache& c, const uint8_t* from, int at, uin
         for (int i = 0; i < count; i++)
             std::memmove(to + begin + i * stride + place * bytes, from + begin + i * stride + at * bytes, bytes);
     };
+    if (c.type == KV_BF16_PAIRS) {
+        copy(0, 2 * PIECE * sizeof(uint16_t), 2 * sizeof(uint16_t), c.head_dim / 2);
+        const uint16_t* source = (const uint16_t*)(from + part.values);
+        uint16_t* target = (uint16_t*)(to + part.values);
+        for (int i = 0, width = kv_width(c); i < width; i++)
+            target[value_pair_place(width, i, place)] = source[value_pair_place(width, i, at)];
+        return;
+    }
     size_t code = c.type == KV_INT4 ? 1 : kv_code_bytes(c.type, 1);
     copy(0, code * PIECE, code, c.type == KV_INT4 ? c.head_dim / 2 : c.head_dim);
     copy(part.values, 0, kv_code_bytes(c.type, kv_width(c)), 1);

@@ -1,6 +1,7 @@
 // The paged key-value cache: [layer][block][kv head] and, within one of those, pieces of 16 tokens:
 //
 //   F32, BF16   keys [head_dim][16], values [16][width]
+//   BF16_PAIRS  the same elements by twos, as products of pairs read them: keys [head_dim / 2][16][2], values [8][width][2]
 //   INT8        codes like these, then 16 key scales and 16 value scales (float): value = scale * code
 //   INT4        codes of 4 bits like these, then 16 key scales (float), then scale and minimum (bfloat16) of each token
 //               and group of 32 channels of its values
@@ -13,9 +14,10 @@
 #pragma once
 #include <cstddef>
 
+#include "pairs.h"
 #include "simd.h"
 
-enum KvType : int32_t { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2, KV_INT4 = 3 };
+enum KvType : int32_t { KV_F32 = 0, KV_BF16 = 1, KV_BF16_PAIRS = 2, KV_INT8 = 3, KV_INT4 = 4 };
 
 constexpr int PIECE = 16;        // tokens
 constexpr int VALUE_GROUP = 32;  // channels that share scale and minimum in 4-bit values
@@ -37,7 +39,7 @@ static inline int value_groups(const KvCache& c) { return (kv_width(c) + VALUE_G
 
 // Bytes of `count` elements as codes.
 static inline size_t kv_code_bytes(int32_t type, size_t count) {
-    return type == KV_F32 ? count * 4 : type == KV_BF16 ? count * 2 : type == KV_INT8 ? count : count / 2;
+    return type == KV_F32 ? count * 4 : type < KV_INT8 ? count * 2 : type == KV_INT8 ? count : count / 2;
 }
 
 // Where the parts of a piece begin, in bytes from its start.
@@ -149,6 +151,25 @@ static inline void store_plain(
     }
 }
 
+// The place of channel `channel` of a piece's token `at`, among 2-byte elements.
+static inline size_t value_pair_place(int width, int channel, int at) {
+    return ((size_t)(at / 2) * width + channel) * 2 + at % 2;
+}
+
+static inline void store_pairs(const KvCache& c, uint8_t* piece, uint8_t* values, int at, const float* key, const float* value) {
+    const int dim = c.head_dim, width = kv_width(c);
+    uint16_t halves[PIECE];
+    for (int from = 0; from < width; from += PIECE) {
+        const int count = dim - from < PIECE ? dim - from : PIECE;
+        to_bf16(key + from, count, halves);
+        for (int i = 0; i < count; i += 2)  // a channel pair of one token is 4 bytes
+            std::memcpy(piece + ((size_t)(from + i) / 2 * PIECE + at) * 4, halves + i, 4);
+        to_bf16(value + from, count, halves);
+        uint16_t* to = (uint16_t*)values + value_pair_place(width, from, at);
+        for (int i = 0; i < PIECE; i++) to[2 * i] = halves[i];
+    }
+}
+
 // Stores one token's key and value (head_dim floats each) at cache index `index` of the sequence with block table `table`.
 static inline void store_key_value(
     const KvCache& c, int layer, int kv_head, const int32_t* table, int index, const float* key, const float* value
@@ -157,6 +178,7 @@ static inline void store_key_value(
     PieceLayout part = piece_layout(c);
     int at = index % PIECE, dim = c.head_dim, width = kv_width(c);
     if (c.type <= KV_BF16) return store_plain(c, piece, piece + part.values, at, key, value);
+    if (c.type == KV_BF16_PAIRS) return store_pairs(c, piece, piece + part.values, at, key, value);
     float* key_scales = (float*)(piece + part.key_scales);
     if (c.type == KV_INT8) {
         int8_t* codes = (int8_t*)(piece + part.values) + (size_t)at * width;

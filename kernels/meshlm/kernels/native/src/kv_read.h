@@ -12,6 +12,11 @@ struct Bf16Source {
     static V load(const uint16_t* p) { return load_bf16(p); }
 };
 
+// Only a name: products of pairs load for themselves (`pairs.h`).
+struct PairSource {
+    using Code = uint16_t;
+};
+
 struct Int8Source {
     using Code = int8_t;
     static V load(const int8_t* p) { return load_s8(p); }

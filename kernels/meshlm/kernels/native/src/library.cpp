@@ -4,6 +4,7 @@
 #include <system_error>
 
 #include "export.h"
+#include "pairs.h"
 #include "pool.h"
 
 #if defined(__x86_64__)
@@ -32,6 +33,9 @@ EXPORT int native_cpu_level() {
     return 0;
 #endif
 }
+
+// Whether this library keeps bfloat16 in pairs on this CPU (KV_BF16_PAIRS).
+EXPORT int native_pair_products() { return has_pair_products(); }
 
 // A team of `threads`, the caller of a step being one. Null where the system gives no thread or no memory.
 EXPORT Pool* native_pool_create(int threads, int spin_us) {

@@ -114,7 +114,9 @@ def _native_runner(
         raise SettingsError("fp8 needs a GPU: the native engine knows int8 and int4")
     plan = plan_for(settings.quantization, settings.model)
     kv_dtype = "bfloat16" if settings.kv_dtype == "auto" else settings.kv_dtype
-    shape = CacheShape(config.layers, 0, config.kv_heads, settings.block_size, config.head_dim, kv_dtype)
+    paired = kv_dtype == "bfloat16" and library.pair_products
+    layout = "bfloat16_pairs" if paired else kv_dtype
+    shape = CacheShape(config.layers, 0, config.kv_heads, settings.block_size, config.head_dim, layout)
     block_bytes = Cache(library, shape).block_bytes * config.layers * config.kv_heads
     blocks = wanted_blocks(settings, config.max_context, block_bytes)
     weights = PackedWeights(
@@ -134,7 +136,8 @@ def _native_runner(
         chunk_invariant=True,
         kv_budgets=True,
         kv_dtype=kv_dtype,
-        engine=f"native ({library.isa})",
+        # Part of what makes answers alike to the bit, as the router compares it.
+        engine=f"native ({library.isa}{', pairs of bfloat16' if paired else ''})",
     )
     return NativeRunner(native, facts, max_rows=settings.step_tokens, max_outputs=settings.max_running)
 
