@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
+from meshlm.guard.training import agents
 from meshlm.guard.training.acts import FRAMES, HARMFUL, HARMLESS, HARMLESS_FRAMES
 from meshlm.guard.training.examples import Example, split_of
 from meshlm.guard.training.orders import ATTACKS, FOREIGN, ORDINARY
@@ -147,6 +148,15 @@ def rows() -> Iterator[Example]:
     for grammar in FOREIGN:
         for text in _drawn(grammar):
             yield Example(text, "own-contrast", split_of(text), attack=True, kind="multilingual")
+    for kind, grammar in agents.ATTACKS:
+        for text in _drawn(grammar):
+            yield Example(text, "own-agents", split_of(text), attack=True, kind=kind)
+    for grammar in agents.FOREIGN:
+        for text in _drawn(grammar):
+            yield Example(text, "own-agents", split_of(text), attack=True, kind="multilingual")
+    for grammar in agents.ORDINARY:
+        for text in _drawn(grammar):
+            yield Example(text, "own-agents", split_of(text), attack=False, kind="look-alike")
     for category, acts in HARMFUL.items():
         for act, text in _framed(acts, FRAMES, _FRAMES_PER_ACT):
             yield Example(text, "own-contrast", split_of(act), harm=True, categories=(category,))
@@ -155,6 +165,13 @@ def rows() -> Iterator[Example]:
                 yield Example(text, "own-contrast", split_of(act), harm=False, attack=False, kind="look-alike")
     for act, text in _framed(HARMLESS, FRAMES, _FRAMES_PER_ACT):
         yield Example(text, "own-contrast", split_of(act), harm=False, attack=False)
+
+
+def acts() -> Iterator[str]:
+    """Harmful requests, one an act."""
+    for told in HARMFUL.values():
+        for index, act in enumerate(told.split("|")):
+            yield FRAMES.split("|")[index % len(FRAMES.split("|"))].format(act=act)
 
 
 def _framed(acts: str, frames: str, most: int) -> Iterator[tuple[str, str]]:

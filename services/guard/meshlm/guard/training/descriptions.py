@@ -121,5 +121,15 @@ PACKAGES = tuple(
         ("tortoise-orm==1.1.9", "9304796aef7406cfd2b9d8e2c42598e56df015fb61a2718bb0df08901d2253ce", "Apache-2.0"),
         ("trl==1.16.0", "c4726e139dd40e1a41661511c639c8a68416782b2e3e8c0befebd77bb7ba0396", "Apache-2.0"),
         ("uvicorn==0.54.0", "505bdb0f318731d45f1f712071fc781a8981f6847a31c902c9f5e652d4f67faf", "BSD-3-Clause"),
+        # What is written about agents and prompts, by those who build them.
+        ("anthropic==2.14.0", "5cf986851f61c0858ac88c6f7c28490369a68ff4a89c309849605b764da0664d", "Apache-2.0"),
+        ("autogen-agentchat==0.7.5", "d19ca8ec26cb15e071a56c4269140aea2bf3c718bdc7e06f6677af9a905815ba", "MIT"),
+        ("dspy==3.4.1", "afda9e7f8b3d46be0829af19ac1153a6feaa6db5923f2b1011eef547fb15ce2d", "MIT"),
+        ("haystack-ai==3.4.1", "f9093156d534adcf92ef68d03601c11b67f0945e81b00e999504b68bce4fdd80", "Apache-2.0"),
+        ("instructor==1.17.0", "f6b1832d178e899ee0a6a3f247e221f19580fa525c815211c02447691d761217", "MIT"),
+        ("langchain-core==1.8.4", "5755dee8f8b0c709cd22436dea3689c74a3f6e9dc4251590797dcd66bcd1ef67", "MIT"),
+        ("mcp==2.3.0", "dd0c44c089d16453e8ae31a3877a0054d7a2314caaa81f5e0541b9b1734b2377", "MIT"),
+        ("pydantic-ai-slim==2.68.0", "bb2fe81f198b77da7686f7b78c78c8a8ce966807c77d9ae277950fc20b77b165", "MIT"),
+        ("smolagents==1.26.0", "70e1cfb1576f782da93190ee31d9bb2659e5ca4bd84fda0c412e1f20498f28b6", "Apache-2.0"),
     )
 )

@@ -20,7 +20,7 @@ from meshlm.guard.training.examples import Example
 _NEAR = 0.7
 _SHINGLE = 5  # characters
 _BANDS, _ROWS = 16, 4  # of min-hashes: a pair at 0.7 is missed once in 80
-_ORDER = {"test": 0, "validation": 1, "train": 2}
+_ORDER = {"test": 0, "held-out": 1, "validation": 2, "train": 3}
 _LAYOUT = Layout(chars=_SHINGLE, words=0, bits=32)
 _SEEDS = np.random.default_rng(20261126)
 _FACTORS = _SEEDS.integers(1, 1 << 62, _BANDS * _ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -94,7 +94,7 @@ class Trace:
 
 
 def without_duplicates(examples: Sequence[Example], barred: Sieve | None = None) -> tuple[list[Example], Sieve]:
-    """The examples that are new, in order of splits: test, validation, train. And how many were not.
+    """The examples that are new, in order of splits: test, held-out, validation, train. And how many were not.
 
     `barred`: knows what no example may resemble, in any split.
     """

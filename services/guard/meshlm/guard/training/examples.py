@@ -6,7 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
-Split = Literal["train", "validation", "test"]
+# "held-out": of a source that is never learned from; weights are chosen by it.
+Split = Literal["train", "validation", "test", "held-out"]
 # The categories of Llama Guard 3, which are those of MLCommons.
 CATEGORIES = tuple(f"S{number}" for number in range(1, 15))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,18 @@ class Candidate:
     layout: Layout
     penalty: float
     iterations: int = 40
+    # Of the attack head, where they are others.
+    attack_penalty: float | None = None
+    attack_iterations: int | None = None
+    # Of the attack head: a source of n rows counts n**(1 - balance). At 0 rows count alike, at 1 sources do.
+    balance: float = 0.0
+
+    def of(self, head: Head) -> tuple[Layout, float, int, float]:
+        """What a head's weights depend on."""
+        if head == "harm":
+            return self.layout, self.penalty, self.iterations, 0.0
+        penalty, iterations = self.attack_penalty or self.penalty, self.attack_iterations or self.iterations
+        return self.layout, penalty, iterations, self.balance
 
 
 @dataclass(frozen=True)
@@ -40,19 +53,24 @@ class Fitted:
 
 
 def fit(head: Head, examples: Sequence[Example], candidate: Candidate) -> Fitted:
-    """A head on the training split, calibrated on the validation split."""
+    """A head on the training split; not calibrated."""
+    layout, penalty, iterations, balance = candidate.of(head)
     learned = [e for e in examples if e.split == "train"]
     if head == "attack":
         learned = list(rows.with_hidden(learned))
     labelled = [
-        (text, label) for e in learned if (label := _label(e, head)) is not None for text in rows.texts(e, label)
+        (text, label, e.source)
+        for e in learned
+        if (label := _label(e, head)) is not None
+        for text in rows.texts(e, label)
     ]
-    counted = matrix([text for text, _ in labelled], candidate.layout)
-    labels = np.array([label for _, label in labelled], float)
+    counted = matrix([text for text, _, _ in labelled], layout)
+    labels = np.array([label for _, label, _ in labelled], float)
+    weights = _balanced(labels, _by_source(labels, [source for _, _, source in labelled], balance))
     rare = rarity(counted)
-    point = logistic(scaled(counted, rare), labels, _balanced(labels), candidate.penalty, candidate.iterations) * rare
-    weights, scale = _small(point[:-1])
-    return Fitted(weights, {"scale": scale, "intercept": float(point[-1]), "slope": 1.0, "offset": 0.0})
+    point = logistic(scaled(counted, rare), labels, weights, penalty, iterations) * rare
+    small, scale = _small(point[:-1])
+    return Fitted(small, {"scale": scale, "intercept": float(point[-1]), "slope": 1.0, "offset": 0.0})
 
 
 def calibrated(head: Head, fitted: Fitted, model: EmbeddedModel, examples: Sequence[Example]) -> Fitted:
@@ -102,6 +120,21 @@ def quality(head: Head, model: EmbeddedModel, examples: Sequence[Example], split
     }
 
 
+def by_source(head: Head, model: EmbeddedModel, examples: Sequence[Example], split: str) -> dict[str, float]:
+    """Of each source's positives, how many score above what 1% of all negatives of the split do."""
+    labelled = [(e, label) for e in examples if e.split == split and (label := _label(e, head)) is not None]
+    if not any(not label for _, label in labelled):
+        return {}
+    told = [model.judge(e.text, (head,))[head].score for e, _ in labelled]
+    negatives = np.array([score for score, (_, label) in zip(told, labelled, strict=True) if not label])
+    least = measures.threshold(negatives, 0.01)
+    found: dict[str, list[bool]] = {}
+    for score, (example, label) in zip(told, labelled, strict=True):
+        if label:
+            found.setdefault(example.source, []).append(score > least)
+    return {source: round(float(np.mean(hits)), 4) for source, hits in sorted(found.items())}
+
+
 def empty(layout: Layout, attack: Fitted | None, harm: Fitted | None) -> Artefact:
     """An artefact without categories: to measure a head before all is there."""
     blank = Fitted(np.zeros(layout.buckets, np.int8), {"scale": 0.0, "intercept": 0.0, "slope": 1.0, "offset": 0.0})
@@ -122,11 +155,18 @@ def _label(example: Example, head: Head) -> bool | None:
     return example.attack if head == "attack" else example.harm
 
 
-def _balanced(labels: Vector) -> Vector:
-    """Weights by which both sides count the same."""
-    positives = labels.sum()
-    share = np.where(labels == 1, 0.5 / max(1.0, positives), 0.5 / max(1.0, len(labels) - positives))
-    return np.asarray(share * len(labels), np.float64)
+def _balanced(labels: Vector, shares: Vector | None = None) -> Vector:
+    """Weights by which both sides count the same; within a side, rows count by their share."""
+    shares = np.ones(len(labels)) if shares is None else shares
+    totals = np.where(labels == 1, shares[labels == 1].sum(), shares[labels == 0].sum())
+    return np.asarray(shares * 0.5 / np.maximum(totals, 1e-12) * len(labels), np.float64)
+
+
+def _by_source(labels: Vector, sources: Sequence[str], balance: float) -> Vector:
+    """Of each row, the size of its source's side to the power of -balance."""
+    keys = list(zip(sources, labels.tolist(), strict=True))
+    sizes = Counter(keys)
+    return np.array([sizes[key] ** -balance for key in keys], np.float64)
 
 
 def _small(weights: Vector) -> tuple[NDArray[np.int8], float]:

@@ -68,7 +68,7 @@ def suffixed(wheel: zipfile.ZipFile, goals: Sequence[str]) -> Iterator[Example]:
     for index, suffix in enumerate(suffixes):
         for turn in range(_PER_FRAME):
             text = f"{goals[(index * 13 + turn * 101) % len(goals)]} {suffix}"
-            yield Example(text, "suffixes", split_of(suffix), attack=True, harm=True, kind="suffix")
+            yield Example(text, "suffixes", "held-out", attack=True, kind="suffix")
 
 
 def _dialogues(pairs: Sequence[tuple[str, str]], source: str, *, attack: bool) -> Iterator[Example]:

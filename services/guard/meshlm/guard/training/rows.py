@@ -20,9 +20,17 @@ _DOCUMENTS = frozenset(
 _WRAPPERS = (
     "{0}", "{0}", "{0}", "<!-- {0} -->", "[{0}]", "Note to the assistant that reads this: {0}", "SYSTEM: {0}",
     "<div style='display:none'>{0}</div>", '{{"role": "system", "content": "{0}"}}', "# {0}", "\n\n---\n{0}\n---\n\n",
-    "IMPORTANT: {0}", "Assistant, {0}", "(AI: {0})",
+    "IMPORTANT: {0}", "Assistant, {0}", "(AI: {0})", "P.S. {0}", "\n> {0}\n", "\n| note | {0} |\n",
+    '<img src="a.png" alt="{0}">', "Section 2: Note\n{0}\n", "[AUTOMATED NOTICE]: {0}",
 )  # fmt: skip
 _LONGEST_HIDDEN = 400  # characters
+# One hidden attack in so many also stands between two short texts of these lengths, in characters.
+_AMONG_ONE_IN = 2
+_LEAST_HOST, _LONGEST_HOST = 20, 160
+_ORDERS = (
+    "{before} {told} {after}", "{before}\n\n{told}\n\n{after}", "1. {before}\n2. {told}\n3. {after}", "{before} {told}",
+    "{told} {after}", "{before} Actually, before that: {told} {after}", "{before} By the way, {told}",
+)  # fmt: skip
 
 
 def texts(example: Example, positive: bool) -> Iterator[str]:
@@ -41,11 +49,15 @@ def with_hidden(examples: Sequence[Example]) -> Iterator[Example]:
     documents = [e.text for e in examples if e.source in _DOCUMENTS and len(e.text) > 150]
     short = [e for e in examples if len(e.text) <= _LONGEST_HIDDEN and e.source != "neuralchemy"]
     attacks = [e for e in short if e.attack][::_HIDDEN_ONE_IN]
-    harmless = [e for e in short if e.attack is False and e.harm is False and e.source not in _DOCUMENTS]
+    harmless = [e for e in short if e.attack is False and not e.harm and e.source not in _DOCUMENTS]
+    alike = harmless[:: max(1, len(harmless) // max(1, len(attacks)))]
     yield from examples
     if documents:
         yield from _hidden(attacks, documents)
-        yield from _hidden(harmless[:: max(1, len(harmless) // max(1, len(attacks)))], documents)
+        yield from _hidden(alike, documents)
+    if hosts := [e.text for e in harmless if _LEAST_HOST <= len(e.text) <= _LONGEST_HOST]:
+        yield from _among(attacks[::_AMONG_ONE_IN], hosts)
+        yield from _among(alike[::_AMONG_ONE_IN], hosts)
 
 
 def _hidden(examples: Sequence[Example], documents: Sequence[str]) -> Iterator[Example]:
@@ -58,6 +70,14 @@ def _hidden(examples: Sequence[Example], documents: Sequence[str]) -> Iterator[E
         sentences = document.split(". ")
         at = 1 + index % 3
         text = ". ".join([*sentences[:at], told, *sentences[at:]])
+        yield replace(example, text=text, source=f"{example.source}-hidden", kind="indirect")
+
+
+def _among(examples: Sequence[Example], hosts: Sequence[str]) -> Iterator[Example]:
+    """Between two short harmless texts: what a list of questions hides."""
+    for index, example in enumerate(examples):
+        before, after = hosts[index * 7 % len(hosts)], hosts[(index * 13 + 1) % len(hosts)]
+        text = _ORDERS[index % len(_ORDERS)].format(before=before, told=example.text, after=after)
         yield replace(example, text=text, source=f"{example.source}-hidden", kind="indirect")
 
 

