@@ -95,7 +95,9 @@ def _said(node: ast.expr | None) -> str | None:
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.JoinedStr):
-        return "".join(
-            part.value if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}" for part in node.values
-        )
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else _filled_in(part) for part in node.values)
     return None
+
+
+def _filled_in(part: ast.expr) -> str:
+    return f"{{{ast.unparse(part.value)}}}" if isinstance(part, ast.FormattedValue) else ""
