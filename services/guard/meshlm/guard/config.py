@@ -63,7 +63,7 @@ class PolicyConfig:
     # The model's score of an attack in texts of others from which an input is flagged. Range (0, 1].
     indirect_attack_flag_score: float = 0.7
     # And from which it is refused; 1 is never. Range (0, 1].
-    indirect_attack_block_score: float = 0.9
+    indirect_attack_block_score: float = 0.88
     # Calls of tools in answers: `any`: they are not looked for; `listed`: those in `tools`, with fitting arguments;
     # `none`. An answer with another call is stopped before the call.
     tool_calls: Literal["any", "listed", "none"] = "any"
