@@ -179,6 +179,14 @@ def test_a_token_that_is_no_number_reaches_only_those_who_see_it(library: Librar
         assert not after[70:, 2:].isfinite().all(-1).any()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [1, 17, 62])
+def test_rows_within_the_sinks_read_nothing_behind_them(library: Library, dtype: str, length: int) -> None:
+    seq = sequence(library, length, dtype=dtype, block_size=64)
+    q = queries(seq, 2)
+    assert_near(ops.attention(seq.cache, everything(seq, sinks=70), q), expected(seq, q, sinks=70), dtype)
+
+
 def test_pairs_are_refused_where_they_cannot_be_multiplied() -> None:
     with pytest.raises(ValueError, match="generic code does not multiply pairs of bfloat16"):
         ops.Cache(open_library("generic"), ops.CacheShape(1, 1, 1, 16, 64, "bfloat16_pairs"))

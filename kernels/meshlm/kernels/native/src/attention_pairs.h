@@ -50,7 +50,7 @@ static inline void multiply_value_pairs(
             for (int c = 0; c < C; c++) acc[r][c] = add_pairs(acc[r][c], x, v[c]);
         }
     };
-    if (begin % 2) add_two(begin++ - 1, only_second);
+    if (begin < end && begin % 2) add_two(begin++ - 1, only_second);
     for (; begin + 2 <= end; begin += 2) add_two(begin, [](Pairs v) { return v; });
     if (begin < end) add_two(begin, only_first);
     for (int r = 0; r < R; r++)
