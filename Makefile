@@ -55,7 +55,7 @@ check-native: $(DEV_STAMP) ## the native kernels' tests with address and undefin
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	$(PY) -m pytest tests/kernels -k native
 
-kernels: $(DEV_STAMP) ## compile every GPU kernel that serving runs, for sm_80, sm_90 and sm_100, without a GPU
+kernels: $(DEV_STAMP) ## compile every GPU kernel that serving runs, for sm_80, 86, 89, 90, 100 and 120, without a GPU
 	$(PY) -m meshlm.kernels.gpu.compile
 
 protos: $(PROTOS_STAMP) ## make the stubs in protos/gen anew

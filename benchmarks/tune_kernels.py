@@ -45,7 +45,7 @@ SPACES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
         "decode attention",
         {
             "TILE": (16, 32, 64, 128),
-            "SPLITS": (1, 2, 4, 8, 16, 32, 64),
+            "WAVES": (1, 2, 4, 8, 16),
             "num_stages": (2, 3, 4),
             "num_warps": (2, 4, 8),
         },

@@ -147,7 +147,15 @@ def _shown(error: Exception) -> str:
 
 
 def distance_of(ours: object, theirs: object) -> float | None:
+    """The relative Frobenius distance; of tuples the largest of their parts'; infinite between whole numbers that
+    differ, which are tokens or places; None where there is nothing to compare."""
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        parts = [distance_of(*pair) for pair in zip(ours, theirs, strict=True)]
+        known = [part for part in parts if part is not None]
+        return None if not known else math.nan if any(map(math.isnan, known)) else max(known)
     if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
         return None
+    if not theirs.is_floating_point():
+        return 0.0 if torch.equal(ours, theirs) else math.inf
     wanted = theirs.double().reshape(-1)
-    return float((ours.double().reshape(-1) - wanted).norm() / wanted.norm())
+    return float((ours.double().reshape(-1) - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float64).tiny))

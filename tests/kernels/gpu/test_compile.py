@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from meshlm.kernels.gpu import compile as compiler
-from meshlm.kernels.gpu.variants import Variant
+from meshlm.kernels.gpu.capabilities import shared_limit
+from meshlm.kernels.gpu.variants import ARCHITECTURES, FP8_ARCHITECTURES, Variant
 
 UNFIT = """
 import triton
@@ -88,6 +89,47 @@ def test_the_command_compiles_what_is_asked_for(tmp_path: Path) -> None:
         ["sample", "count", "prompt", "100"],
     ]
     assert lines[-1].endswith("0 with problems")
+
+
+APART = """
+import json, re
+from meshlm.kernels.gpu import compile as compiler
+found = {}
+for variant in compiler.variants_of("meshlm.kernels.gpu.matmul_variants").values():
+    for architecture in variant.architectures if variant.name.startswith("quant_matmul fp8, 2048 rows") else ():
+        ptx = compiler._compile(variant, architecture).asm["ptx"]
+        sums = variant.constants["BM"] * variant.constants["BN"] // (32 * variant.options["num_warps"])  # of a thread
+        found[architecture] = len(re.findall(r"add(?:\\.rn)?\\.f32", ptx)), sums
+print(json.dumps(found))
+"""
+
+
+def test_sums_of_fp8_leave_the_tensor_cores_at_every_step_where_those_keep_few_bits(tmp_path: Path) -> None:
+    """Each sum of a thread is added to in float32 on Ada, Hopper and 12.x; on 10.x none is: there they are exact."""
+    answer = run(tmp_path, "-c", APART)
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    assert set(found) == {"89", "90", "100", "120"}
+    for architecture, (additions, sums) in found.items():
+        least = 0 if architecture == "100" else sums // 2  # 12.x adds two at once
+        assert additions >= least > 0 or additions == least == 0, architecture
+
+
+def test_every_family_is_compiled_in_what_it_is_served_in() -> None:
+    """Dense products aside, each operation that is served on one architecture is on all, fp8 from Ada on."""
+    served: dict[str, set[int]] = {}
+    for module in compiler.modules():
+        for variant in compiler.variants_of(module).values():
+            served.setdefault(variant.name.partition("/sm_")[0], set()).update(variant.architectures)
+    for name, architectures in served.items():
+        if "hopper" not in name:
+            assert architectures == set(FP8_ARCHITECTURES if "fp8" in name else ARCHITECTURES), name
+    assert served["prefill_attention_hopper/llama-3-8b/bfloat16"] == {90, 100}
+
+
+def test_a_capability_that_nobody_listed_gets_the_least_memory_that_there_is() -> None:
+    assert shared_limit(90) == 227 << 10
+    assert shared_limit(89) == shared_limit(121) == 99 << 10
 
 
 def test_nothing_to_compile_is_not_success(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     (tmp_path / "tuned/nvidia_h100_80gb_hbm3.json").write_text(json.dumps(found))
     monkeypatch.setattr(configs.resources, "files", lambda package: tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    configs._tuned.cache_clear()
+    configs._tuned_on.cache_clear()
     yield
-    configs._tuned.cache_clear()
+    configs._tuned_on.cache_clear()
 
 
 @pytest.mark.usefixtures("tuned")
@@ -38,7 +38,16 @@ def test_what_is_tuned_goes_over_the_default_and_what_is_not_is_the_default(monk
     assert choose("norm", (4, 128), DEFAULT, CUDA) == DEFAULT
     assert choose("product", (4, 128), DEFAULT, CPU) == DEFAULT
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA B200")
-    assert choose("product", (4, 128), DEFAULT, CUDA) == DEFAULT
+    assert choose("product", (4, 128), DEFAULT, torch.device("cuda", 1)) == DEFAULT
+
+
+@pytest.mark.usefixtures("tuned")
+def test_a_launch_asks_neither_for_the_devices_name_nor_for_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose("product", (4, 128), DEFAULT, CUDA)["BLOCK"] == 256
+    for module, name in ((torch.cuda, "get_device_name"), (configs, "device_file"), (configs.resources, "files")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("asked again"))
+    assert choose("product", (4, 128), DEFAULT, CUDA)["BLOCK"] == 256
+    assert choose("product", (4, 64), DEFAULT, CUDA) == DEFAULT
 
 
 def test_a_devices_file_is_named_after_it() -> None:
@@ -90,6 +99,26 @@ def test_the_search_keeps_what_is_faster_and_right(tuner: ModuleType, monkeypatc
     assert best == {"BLOCK": 256, "num_warps": 8}
     assert fastest == pytest.approx(1 / 256)
     assert before == pytest.approx(1 / 64 + 0.004)
+
+
+@pytest.mark.parametrize("wrong", ["tokens", "logprobs", "both of no number"])
+def test_a_result_of_two_parts_is_compared_in_both(tuner: ModuleType, wrong: str) -> None:
+    """As a draw gives tokens and log-probabilities: a faster one of other tokens is not taken."""
+
+    def ours(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tried = choose("draw", (8,), DEFAULT, CPU)["BLOCK"] == 512
+        tokens, logprobs = torch.tensor([70_000, 70_000], dtype=torch.int32), torch.tensor([-1.0, -2.0])
+        if tried and wrong == "tokens":
+            tokens[1] += 1
+        elif tried:
+            logprobs[1] = -2.5 if wrong == "logprobs" else torch.nan
+        return tokens, logprobs
+
+    work = import_module("kernel_cases.case").Work(ours, 1, 1.0)
+    search = tuner.Search("draw", work, 1)
+    tuner.timed = lambda call, sets, runs: [1.0]
+    assert search.seconds(DEFAULT) == 1.0
+    assert search.seconds(DEFAULT | {"BLOCK": 512}) == float("inf")
 
 
 def test_what_is_found_is_written_beside_what_was_known(tuner: ModuleType, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from meshlm.kernels.attention_reference import dequantize_kv, reference_attention
 from meshlm.kernels.gpu import attention_checks
+from meshlm.kernels.gpu import paged_attention as module
 from meshlm.kernels.gpu.attention_splits import LEAST_TILES, MOST_SPLITS, split_count
 from meshlm.kernels.gpu.attention_tile import parts
 from meshlm.kernels.gpu.checks import ArgumentError
@@ -227,7 +228,27 @@ def test_splits_fill_the_device_but_are_not_shorter_than_worth_it(programs: int,
 
 
 def test_a_long_table_is_split_even_where_sequences_are_many() -> None:
-    assert default_config(128, programs=256 * 8, tokens=1 << 17, processors=132)["SPLITS"] >= 4
+    tiles = (1 << 17) // default_config(128)["TILE"]
+    assert split_count(256 * 8, tiles, 132, default_config(128)["WAVES"]) >= 4
+
+
+def test_what_is_tuned_for_decode_holds_for_tables_of_any_width(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serving has tables as wide as its longest context, and the tuner has those of its cases."""
+    asked = []
+
+    def choose(kernel: str, key: tuple[int, ...], default: object, on: torch.device) -> object:
+        asked.append((kernel, key))
+        return default
+
+    monkeypatch.setattr(module, "choose", choose)
+    query, layer, tables, lengths = case([5, 9], "float32", 2, 1, 16, 8, device)
+    wide = torch.nn.functional.pad(tables, (0, 40))
+    for table in (tables, wide):
+        paged_attention(query, layer, table, lengths, 0.3)
+    assert asked[0] == asked[1]
+    assert asked[0][1][-1] == 2  # sequences, rounded up
 
 
 def test_variants_have_names_of_their_own_and_all_that_the_kernel_takes() -> None:

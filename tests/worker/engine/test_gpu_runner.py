@@ -233,8 +233,8 @@ def test_a_top_k_that_no_int32_holds_keeps_all(ours: GpuRunner) -> None:
 def test_every_number_of_rows_up_to_the_most_is_warmed_up_for() -> None:
     from meshlm.worker.engine.gpu_warm_up import row_counts, spread
 
-    assert row_counts(48) == [2, 4, 8, 16, 32, 48]
-    assert row_counts(200) == [2, 4, 8, 16, 32, 64, 128, 192, 200]
+    assert row_counts(48) == [2, 3, 4, 7, 8, 15, 16, 31, 32, 48]
+    assert row_counts(200) == [2, 3, 4, 7, 8, 15, 16, 31, 32, 63, 64, 128, 192, 200]
     assert spread(10, 3, 4) == [4, 4, 2]  # no more than the context takes
     assert spread(10, 3, 100) == [8, 1, 1]
     assert spread(48, 4, 5) == [5] * 4

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshlm.kernels.gpu.kv_cache import KvFormat
+from meshlm.kernels.gpu.variants import ARCHITECTURES, FP8_ARCHITECTURES
 
 BLOCK_SIZE = 64  # of variants; MODELS that differ say so
 
@@ -41,7 +42,7 @@ _KEYS: dict[KvFormat, str] = {
 
 
 def architectures(kv_format: KvFormat) -> tuple[int, ...]:
-    return (90, 100) if kv_format == "fp8" else (80, 90, 100)
+    return FP8_ARCHITECTURES if kv_format == "fp8" else ARCHITECTURES
 
 
 def types_and_constants(model: Model, kv_format: KvFormat) -> tuple[dict[str, str], dict[str, Any]]:

@@ -24,10 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from meshlm.kernels import gpu
+from meshlm.kernels.gpu.capabilities import SHARED_LIMIT
 from meshlm.kernels.gpu.variants import ARCHITECTURES, Variant
-
-# Bytes of shared memory that a block can have, by compute capability (CUDA C++ programming guide, table 30).
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10}
 
 _INSTRUCTIONS = {  # of PTX
     "wgmma": "wgmma.mma_async",
@@ -148,7 +146,7 @@ def _line(compiled: Compiled) -> str:
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compile every kernel that serving runs, without a GPU.")
-    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--match", default="", metavar="NAME", help="only variants whose name contains this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     return parser.parse_args(arguments)

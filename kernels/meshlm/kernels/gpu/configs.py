@@ -20,6 +20,7 @@ from importlib import resources
 import torch
 
 Config = Mapping[str, int]
+Tuned = Mapping[str, Mapping[tuple[int, ...], Config]]  # by kernel and key
 
 
 @dataclass(slots=True)
@@ -56,8 +57,7 @@ def choose(kernel: str, key: tuple[int, ...], default: Config, device: torch.dev
         return {**default, **_trial.config}
     if device.type != "cuda":
         return default
-    tuned = _tuned(device_file(torch.cuda.get_device_name(device))).get(kernel, {})
-    found = tuned.get(",".join(map(str, key)))
+    found = _tuned_on(device).get(kernel, {}).get(key)
     return default if found is None else {**default, **found}
 
 
@@ -67,9 +67,13 @@ def device_file(name: str) -> str:
 
 
 @cache
-def _tuned(file: str) -> Mapping[str, Mapping[str, Config]]:
-    path = resources.files("meshlm.kernels.gpu") / "tuned" / file
+def _tuned_on(device: torch.device) -> Tuned:
+    """Asked at every launch, and so found by the device alone, its file read once. A device without a number is the one
+    that was current when it was first asked for."""
+    path = resources.files("meshlm.kernels.gpu") / "tuned" / device_file(torch.cuda.get_device_name(device))
     if not path.is_file():
         return {}
-    tuned: Mapping[str, Mapping[str, Config]] = json.loads(path.read_text())
-    return tuned
+    return {
+        kernel: {tuple(map(int, key.split(","))): config for key, config in by_key.items()}
+        for kernel, by_key in json.loads(path.read_text()).items()
+    }

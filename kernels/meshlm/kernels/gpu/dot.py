@@ -16,3 +16,16 @@ def dot(a, b, accumulator):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
     return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def dot_apart(a, b, accumulator):
+    """`accumulator + a @ b` where tensor cores sum products of fp8 in few bits (`capabilities.sums_fp8_exactly`): they
+    sum this product alone, and it is added in float32. With 128 columns at a time it is what DeepGEMM does.
+
+    max_num_imprecise_acc is given so that the compiler does not put the sum back into the product.
+    """
+    zeros = tl.zeros(accumulator.shape, tl.float32)
+    if INTERPRETED:
+        return accumulator + tl.dot(a.to(tl.float32), b.to(tl.float32), zeros)
+    return accumulator + tl.dot(a, b, zeros, max_num_imprecise_acc=a.shape[1])

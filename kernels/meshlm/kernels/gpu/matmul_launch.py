@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import triton
 
+from meshlm.kernels.gpu.capabilities import LATEST_MAJOR, multiplies_from_shared, shared_limit, sums_fp8_exactly
 from meshlm.kernels.gpu.checks import require
 from meshlm.kernels.gpu.configs import choose
 from meshlm.kernels.gpu.matrix import Matrix, QuantizedMatrix
@@ -67,7 +68,7 @@ class Gpu:
     """What default configurations depend on. shared: bytes of shared memory that a block may have, 160 KB at most."""
 
     processors: int
-    major: int  # of the compute capability
+    major: int  # of the compute capability, see `capabilities`
     shared: int
 
 
@@ -113,6 +114,7 @@ def launch(
     constants: dict[str, Any] = {name: config[name] for name in ("BN", "STEP", "STAGES")}
     constants |= {"BM": block, "EVEN": weight.cols % config["STEP"] == 0}
     constants |= {"FORMAT": weight.format, "GROUP": weight.group, "ACTIVATION": activation}
+    constants["APART"] = sums_apart(weight, gpu.major)
     if is_skinny(weight, block):
         skinny_kernel[(tiles, splits, blocks)](*arguments, **constants, num_warps=config["num_warps"])
     else:
@@ -125,6 +127,11 @@ def key_of(weight: Weight, rows: int, height: int, activation: Activation | None
     rounded = min(triton.next_power_of_2(height), 4096)
     minimum, gated = int(weight.minimums is not None), int(activation is not None)
     return (_FORMATS.index(weight.format), weight.group, minimum, rows, weight.cols, gated, rounded)
+
+
+def sums_apart(weight: Weight, major: int) -> bool:
+    """Whether the product of each step is summed by itself, see `dot.dot_apart`."""
+    return weight.format == "fp8" and not sums_fp8_exactly(major)
 
 
 def is_skinny(weight: Weight, height: int) -> bool:
@@ -145,10 +152,11 @@ def default_config(weight: Weight, height: int, gpu: Gpu) -> Mapping[str, int]:
         return {**shape, "PROGRAMS": 3, "SPLIT": 1, "num_warps": 4}
     step = 128 if weight.format == "fp8" else 64
     block = 64 if height <= 64 else 128
-    if height > 256 and weight.group and gpu.major >= 9:
+    if height > 256 and weight.group and multiplies_from_shared(gpu.major):
         block = 256  # what a weight costs to become a float is paid once for more rows
     stage = step * (128 * BITS[weight.format] // 8 + block * (1 if weight.format == "fp8" else 2))
-    stages = max(2, min(4, gpu.shared // stage))
+    most = 2 if gpu.major == 12 and weight.format == "int8" and weight.group else 4  # a third one spills there
+    stages = max(2, min(most, gpu.shared // stage))
     return {"BM": block, "BN": 128, "STEP": step, "STAGES": stages, "PROGRAMS": 1, "SPLIT": 8, "num_warps": 8}
 
 
@@ -169,7 +177,12 @@ def split_of(steps: int, tiles: int, pipeline: int, programs: int, cost: int, gp
     return -(-steps // each), each
 
 
-_INTERPRETER = Gpu(processors=4, major=9, shared=_SHARED)
+def gpu_with(processors: int, major: int, shared: int) -> Gpu:
+    """shared: bytes that a block of the device may have."""
+    return Gpu(processors, major, min(_SHARED, shared - _RESERVED))
+
+
+_INTERPRETER = gpu_with(4, LATEST_MAJOR, shared_limit(90))
 
 
 @cache
@@ -179,7 +192,7 @@ def gpu_of(device: torch.device) -> Gpu:
     index = torch.cuda.current_device() if device.index is None else device.index
     shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     found = torch.cuda.get_device_properties(device)
-    return Gpu(found.multi_processor_count, found.major, min(_SHARED, shared - _RESERVED))
+    return gpu_with(found.multi_processor_count, found.major, shared)
 
 
 @cache

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from meshlm.kernels.gpu.matmul_launch import Gpu, Weight, default_config, is_skinny
+from meshlm.kernels.gpu.capabilities import shared_limit
+from meshlm.kernels.gpu.matmul_launch import Weight, default_config, gpu_with, is_skinny, sums_apart
 from meshlm.kernels.gpu.quant_matmul_skinny import skinny_kernel
 from meshlm.kernels.gpu.quant_matmul_tall import tall_kernel
-from meshlm.kernels.gpu.variants import ARCHITECTURES, Variant
+from meshlm.kernels.gpu.variants import ARCHITECTURES, FP8_ARCHITECTURES, Variant, by_config
 
-_H100 = Gpu(processors=132, major=9, shared=160 << 10)
+_PROCESSORS = 132
 _CODES = {"int4": "*u8:16", "int8": "*i8:16", "fp8": "*fp8e4nv:16", "dense": "*bf16:16"}
 _NUMBERS = ("N", "cols", "x_stride", "codes_stride", "scales_stride", "out_stride", "residual_stride")
 _OPTIONAL = ("bias", "residual", "partials", "counters", "block_experts", "order")
@@ -54,13 +55,27 @@ _PRODUCTS = (  # format, group, minimums, rows of x, what else
 
 def variants() -> Iterator[Variant]:
     for product in _PRODUCTS:
-        yield _variant(*product)
+        yield from _variants(*product)
 
 
-def _variant(format_: str, group: int, minimums: bool, height: int, extras: str) -> Variant:
+def _variants(format_: str, group: int, minimums: bool, height: int, extras: str) -> Iterator[Variant]:
+    """One for each configuration that some architecture is served in."""
     nothing = torch.empty(0)
     weight = Weight(format_, nothing, nothing, nothing if minimums else None, group, 4096)
-    config = default_config(weight, height, _H100)
+
+    def config_of(architecture: int) -> dict[str, int]:
+        gpu = gpu_with(_PROCESSORS, architecture // 10, shared_limit(architecture))
+        return {**default_config(weight, height, gpu), "APART": sums_apart(weight, gpu.major)}
+
+    served = FP8_ARCHITECTURES if format_ == "fp8" else ARCHITECTURES
+    for suffix, config, architectures in by_config(served, config_of):
+        yield _variant(weight, height, extras, suffix, config, architectures)
+
+
+def _variant(
+    weight: Weight, height: int, extras: str, suffix: str, config: dict[str, int], architectures: tuple[int, ...]
+) -> Variant:
+    format_, group, minimums = weight.format, weight.group, weight.minimums is not None
     words = extras.split()
     given = {"partials", "counters"} if "split" in words else set()
     given |= {"block_experts", "order"} if "routed" in words else set()
@@ -75,14 +90,14 @@ def _variant(format_: str, group: int, minimums: bool, height: int, extras: str)
     constants |= {} if minimums else {"minimums": None}
     constants |= {} if format_ == "fp8" else {"x_scales": None}
     constants |= {"scales": None} if format_ == "dense" else {}
-    constants |= {name: config[name] for name in ("BM", "BN", "STEP", "STAGES")}
+    constants |= {name: config[name] for name in ("BM", "BN", "STEP", "STAGES", "APART")}
     constants |= {"FORMAT": format_, "GROUP": group, "EVEN": True, "ACTIVATION": "silu" if "gated" in words else None}
     numbers = f"{format_}{f' in {group}' if group else ''}{' with minimums' if minimums else ''}"
     return Variant(
-        name=f"quant_matmul {numbers}, {height} rows{f', {extras}' if extras else ''}",
+        name=f"quant_matmul {numbers}, {height} rows{f', {extras}' if extras else ''}{suffix}",
         kernel=skinny_kernel if is_skinny(weight, height) else tall_kernel,
         types=types,
         constants=constants,
         options={"num_warps": config["num_warps"]},
-        architectures=(90, 100) if format_ == "fp8" else ARCHITECTURES,
+        architectures=architectures,
     )

@@ -44,7 +44,7 @@ from meshlm.kernels.gpu.kv_cache import KvFormat, KvLayer
 from meshlm.kernels.gpu.variants import Variant
 
 MOST_ROWS = 64  # query heads of one program
-WAVES = 8  # programs of one processor; two or more of them are resident
+WAVES = 8  # programs of one processor, where nothing better is tuned; two or more of them are resident
 
 
 def paged_attention(
@@ -70,7 +70,8 @@ def paged_attention(
     stored behind a sequence's length does not matter.
     window: tokens that are seen, the new one included, beside the first `sink_tokens`; None is all.
     softcap: scores become softcap * tanh(score / softcap). sink_logits: (heads,) float32, a score of each head that
-    takes weight from the others and has no value. config: launch parameters in place of the chosen ones, for the tuner.
+    takes weight from the others and has no value. config: launch parameters in place of the chosen ones; with SPLITS,
+    into how many parts contexts are cut, in place of what `split_count` says.
     Raises ArgumentError.
     """
     check_attention(
@@ -83,15 +84,16 @@ def paged_attention(
         return out
     constants = decode_constants(layer.format, heads, layer.kv_heads, head_dim, layer.block_size)
     programs = sequences * layer.kv_heads * constants["HEAD_TILES"]
-    chosen = config or _configure(layer, sequences, heads, tables.shape[1], programs, query.device)
-    splits, launch = chosen["SPLITS"], {name: value for name, value in chosen.items() if name != "SPLITS"}
+    chosen = dict(config or _configure(layer, sequences, heads, query.device))
+    waves, tiles = chosen.pop("WAVES", WAVES), triton.cdiv(tables.shape[1] * layer.block_size, chosen["TILE"])
+    splits = chosen.pop("SPLITS", 0) or split_count(programs, tiles, processors_of(query.device), waves)
     parts = empty_parts(sequences, heads, splits, head_dim, query.device) if splits > 1 else None
     _decode[(layer.kv_heads * constants["HEAD_TILES"], sequences, splits)](
         query, query.stride(0), query.stride(1), out, out.stride(0), out.stride(1), *(parts or (None, None)),
         layer.keys, layer.values, layer.key_scales, layer.value_scales, layer.blocks,
         tables, tables.stride(0), tables.shape[1], lengths, sink_logits, *scales(scale, softcap),
         window or 0, sink_tokens,
-        WINDOWED=window is not None, SOFTCAPPED=softcap is not None, LEAST=LEAST_TILES, **constants, **launch,
+        WINDOWED=window is not None, SOFTCAPPED=softcap is not None, LEAST=LEAST_TILES, **constants, **chosen,
     )  # fmt: skip
     if parts is not None:
         merge(parts, out)
@@ -106,21 +108,17 @@ def decode_constants(kv_format: KvFormat, heads: int, kv_heads: int, head_dim: i
     return constants | {"ROWS": rows, "HEAD_TILES": triton.cdiv(group, rows)}
 
 
-def default_config(head_dim: int, programs: int, tokens: int, processors: int) -> Config:
-    """tokens: the most that a block table has room for; programs: of one part."""
+def default_config(head_dim: int) -> Config:
+    """WAVES: see `split_count`, which turns it into parts by the room that block tables have."""
     tile = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
-    splits = split_count(programs, triton.cdiv(tokens, tile), processors, WAVES)
-    return {"TILE": tile, "SPLITS": splits, "num_warps": 4, "num_stages": 3}
+    return {"TILE": tile, "WAVES": WAVES, "num_warps": 4, "num_stages": 3}
 
 
-def _configure(
-    layer: KvLayer, sequences: int, heads: int, most_blocks: int, programs: int, device: torch.device
-) -> Config:
-    tokens = most_blocks * layer.block_size
-    default = default_config(layer.head_dim, programs, tokens, processors_of(device))
-    rounded = (int(triton.next_power_of_2(sequences)), int(triton.next_power_of_2(max(1, tokens))))
-    key = (layer.keys.element_size() * 8, FORMATS[layer.format], heads, layer.kv_heads, layer.head_dim, *rounded)
-    return choose("paged_attention", key, default, device)
+def _configure(layer: KvLayer, sequences: int, heads: int, device: torch.device) -> Config:
+    """How wide tables are is not in the key: serving has them for its longest context, whatever was tuned with."""
+    rounded = int(triton.next_power_of_2(sequences))
+    key = (layer.keys.element_size() * 8, FORMATS[layer.format], heads, layer.kv_heads, layer.head_dim, rounded)
+    return choose("paged_attention", key, default_config(layer.head_dim), device)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_ALIGNED)
@@ -190,8 +188,8 @@ def variants() -> Iterator[Variant]:
 def _variant(model: Model, kv_format: KvFormat, splits: int = 2) -> Variant:
     types, constants = types_and_constants(model, kv_format)
     constants |= decode_constants(kv_format, model.heads, model.kv_heads, model.head_dim, model.block_size)
-    config = dict(default_config(model.head_dim, 1, 1 << 17, 132))
-    del config["SPLITS"]
+    config = dict(default_config(model.head_dim))
+    del config["WAVES"]
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     constants |= config | {"LEAST": LEAST_TILES}
     if splits == 1:

@@ -31,11 +31,12 @@ from meshlm.kernels.gpu.attention_variants import (
     architectures,
     types_and_constants,
 )
+from meshlm.kernels.gpu.capabilities import LATEST_MAJOR, multiplies_from_shared
 from meshlm.kernels.gpu.checks import require, require_tensor
 from meshlm.kernels.gpu.configs import Config, choose
 from meshlm.kernels.gpu.kv_cache import KvFormat, KvLayer
 from meshlm.kernels.gpu.prefill_tile import prefill_tile
-from meshlm.kernels.gpu.variants import Variant
+from meshlm.kernels.gpu.variants import Variant, by_config
 
 WAVES = 2  # programs of one processor, below which contexts are split
 MOST_SPLITS = 32
@@ -109,7 +110,7 @@ def prefill_attention(
 def default_config(kv_format: KvFormat, head_dim: int, rows: int, capability: tuple[int, int]) -> dict[str, int]:
     """rows: queries times group, at most, of a sequence. SPLITS is missing, see `default_splits`."""
     height = min(128 if head_dim <= 128 else 64, max(16, int(triton.next_power_of_2(rows))))
-    older = capability < (9, 0)  # products from registers, which have less room then
+    older = not multiplies_from_shared(capability[0])
     narrow = height < 64 or head_dim > 128 or (older and head_dim > 64)
     return {
         "ROWS": height,
@@ -122,7 +123,7 @@ def default_config(kv_format: KvFormat, head_dim: int, rows: int, capability: tu
 def default_splits(head_dim: int, rows: int, others: int, tokens: int, processors: int) -> int:
     """others: sequences times heads of keys; tokens: the most that a block table has room for. Contexts are only split
     where there is too little to do otherwise, as for a speculative tree."""
-    shape = default_config("bfloat16", head_dim, rows, (9, 0))
+    shape = default_config("bfloat16", head_dim, rows, (LATEST_MAJOR, 0))
     programs = -(-rows // shape["ROWS"]) * others
     if programs >= processors:
         return 1
@@ -206,19 +207,11 @@ def _variants(model: Model, kv_format: KvFormat, tree_nodes: int | None = None) 
     constants |= {"LEAST": LEAST_TILES} | ({"tree": None, "outputs": None, "sums": None} if tree_nodes is None else {})
     name = f"prefill_attention/{model.name}/{kv_format}{'' if tree_nodes is None else '/tree'}"
     rows = (tree_nodes or 4096) * model.heads // model.kv_heads
-    by_config: dict[tuple[tuple[str, int], ...], list[int]] = {}
-    for architecture in architectures(kv_format):
-        config = default_config(kv_format, model.head_dim, rows, divmod(architecture, 10))
-        by_config.setdefault(tuple(config.items()), []).append(architecture)
-    for items, served in by_config.items():
-        config = dict(items)
+
+    def config_of(architecture: int) -> dict[str, int]:
+        return default_config(kv_format, model.head_dim, rows, divmod(architecture, 10))
+
+    for suffix, config, served in by_config(architectures(kv_format), config_of):
         options = {option: config.pop(option) for option in ("num_warps", "num_stages")}
-        suffix = "/sm_80" if served == [80] else ""
-        yield Variant(
-            name + suffix,
-            _prefill,
-            types | {"splits": "i32"},
-            constants | config,
-            options,
-            architectures=tuple(served),
-        )
+        types |= {"splits": "i32"}
+        yield Variant(name + suffix, _prefill, types, constants | config, options, architectures=served)

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from meshlm.kernels.gpu.attention_tile import NOT_ALIGNED, NOT_SPECIALIZED, head_constants
 from meshlm.kernels.gpu.attention_variants import GEMMA, LLAMA_8B, LLAMA_70B, SMOLLM2, Model, types_and_constants
+from meshlm.kernels.gpu.capabilities import multiplies_from_shared
 from meshlm.kernels.gpu.configs import Config
 from meshlm.kernels.gpu.kv_cache import KvLayer
 from meshlm.kernels.gpu.prefill_tile import prefill_tile
@@ -25,13 +26,14 @@ LEAST_BLOCK = 64  # tokens
 
 
 def suits(query: torch.Tensor, layer: KvLayer, rows: int, capability: tuple[int, int]) -> bool:
-    """Whether this kernel serves: a device that has TMA, keys of the query's 16-bit type whose heads are one part,
-    blocks that hold a tile, and as many rows (queries times group, at most, of a sequence) as a warp group multiplies.
+    """Whether this kernel serves: a data center's device that has TMA, keys of the query's 16-bit type whose heads are
+    one part, blocks that hold a tile, and as many rows (queries times group, at most, of a sequence) as a warp group
+    multiplies.
 
     On Blackwell heads of 256 would spill registers.
     """
     return (
-        capability >= (9, 0)
+        multiplies_from_shared(capability[0])
         and query.dtype in (torch.bfloat16, torch.float16)
         and layer.keys.dtype == query.dtype
         and layer.head_dim in ((64, 128, 256) if capability[0] == 9 else (64, 128))

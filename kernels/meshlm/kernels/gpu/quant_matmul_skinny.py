@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from meshlm.kernels.gpu.dequantize_tile import unpack_int4
-from meshlm.kernels.gpu.dot import dot
+from meshlm.kernels.gpu.dot import dot, dot_apart
 from meshlm.kernels.gpu.matmul_epilogue import NOT_SPECIALIZED, gather_splits, store_tile, weight_rows
 
 SPAN = tl.constexpr(64)
@@ -52,6 +52,7 @@ def skinny_kernel(
     BN: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """Grid: (tiles of N, splits, blocks of rows). See `matmul_launch.launch` for the arguments."""
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -81,7 +82,10 @@ def skinny_kernel(
             w_mask = exists[None, :] if EVEN else exists[None, :] & inside[:, None]
             x_tile = tl.load(x_rows + at[None, :], mask=x_mask, other=0.0)
             w_tile = tl.load(w_rows + at[:, None], mask=w_mask, other=0.0)
-            acc = dot(x_tile, w_tile.to(x_tile.dtype), acc)
+            if APART:
+                acc = dot_apart(x_tile, w_tile.to(x_tile.dtype), acc)
+            else:
+                acc = dot(x_tile, w_tile.to(x_tile.dtype), acc)
         if scales is not None:
             acc *= tl.load(scale_rows, mask=exists, other=0.0).to(tl.float32)[None, :]
     else:

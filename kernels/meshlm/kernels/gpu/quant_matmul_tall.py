@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from meshlm.kernels.gpu.dequantize_tile import unpack_int4
-from meshlm.kernels.gpu.dot import dot
+from meshlm.kernels.gpu.dot import dot, dot_apart
 from meshlm.kernels.gpu.matmul_epilogue import NOT_SPECIALIZED, gather_splits, store_tile, weight_rows
 
 SPAN = tl.constexpr(64)
@@ -53,6 +53,7 @@ def tall_kernel(
     BN: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """Grid: (tiles of N times blocks of rows, splits). See `matmul_launch.launch` for the arguments."""
     split = tl.program_id(1)
@@ -83,7 +84,10 @@ def tall_kernel(
             w_mask = exists[:, None] if EVEN else exists[:, None] & inside[None, :]
             w_tile = tl.load(w_rows + at[None, :], mask=w_mask, other=0.0)
             x_tile = tl.load(x_rows + at[:, None], mask=x_mask, other=0.0)
-            acc = dot(w_tile.to(x_tile.dtype), x_tile, acc)
+            if APART:
+                acc = dot_apart(w_tile.to(x_tile.dtype), x_tile, acc)
+            else:
+                acc = dot(w_tile.to(x_tile.dtype), x_tile, acc)
         if scales is not None:
             acc *= tl.load(scale_rows, mask=exists, other=0.0).to(tl.float32)[:, None]
     else:

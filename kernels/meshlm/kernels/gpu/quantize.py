@@ -18,7 +18,7 @@ from meshlm.kernels.gpu.fp8 import to_fp8
 from meshlm.kernels.gpu.kv_cache import LARGEST_FP8
 from meshlm.kernels.gpu.matrix import GROUPS, QuantizedMatrix, WeightFormat, padded_cols
 from meshlm.kernels.gpu.scale_search import codes_above, nearest, search_above, search_symmetric, symmetric_codes
-from meshlm.kernels.gpu.variants import ARCHITECTURES, Variant
+from meshlm.kernels.gpu.variants import ARCHITECTURES, FP8_ARCHITECTURES, Variant
 from meshlm.kernels.quantize import GROUP
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -226,5 +226,5 @@ def variants() -> Iterator[Variant]:
             {"FP8": fp8, "BLOCK": BLOCK},
             {"num_warps": 8},
             hot=False,
-            architectures=(90, 100) if fp8 else ARCHITECTURES,
+            architectures=FP8_ARCHITECTURES if fp8 else ARCHITECTURES,
         )

@@ -12,7 +12,7 @@ from meshlm.kernels.gpu.checks import require, require_runs_on, require_tensor
 from meshlm.kernels.gpu.fp8 import to_fp8
 from meshlm.kernels.gpu.kv_cache import LARGEST_FP8
 from meshlm.kernels.gpu.scale_search import nearest
-from meshlm.kernels.gpu.variants import ARCHITECTURES, Variant
+from meshlm.kernels.gpu.variants import ARCHITECTURES, FP8_ARCHITECTURES, Variant
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = {torch.float8_e4m3fn: LARGEST_FP8, torch.int8: 127.0}  # code, by which a row's largest number is stored
@@ -73,5 +73,5 @@ def variants() -> Iterator[Variant]:
             types | {"codes": codes},
             {"LARGEST": LARGEST[dtype], "BLOCK": 4096},
             {"num_warps": 8},
-            architectures=(90, 100) if name == "fp8" else ARCHITECTURES,
+            architectures=FP8_ARCHITECTURES if name == "fp8" else ARCHITECTURES,
         )

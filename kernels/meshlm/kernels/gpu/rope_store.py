@@ -17,7 +17,7 @@ from meshlm.kernels.gpu.attention_checks import check_layer
 from meshlm.kernels.gpu.checks import require, require_runs_on, require_tensor
 from meshlm.kernels.gpu.fp8 import to_fp8
 from meshlm.kernels.gpu.kv_cache import KvFormat, KvLayer
-from meshlm.kernels.gpu.variants import ARCHITECTURES, Variant
+from meshlm.kernels.gpu.variants import ARCHITECTURES, FP8_ARCHITECTURES, Variant
 
 HEADS_AT_A_TIME = 8  # of 128 elements: 16 bytes a thread and half, the widest access
 WARPS = 2
@@ -248,5 +248,5 @@ def variants() -> Iterator[Variant]:
                 {key: value for key, value in given.items() if key not in absent},
                 constants | dict.fromkeys(absent),
                 {"num_warps": WARPS},
-                architectures=(90, 100) if kv_format == "fp8" else ARCHITECTURES,
+                architectures=FP8_ARCHITECTURES if kv_format == "fp8" else ARCHITECTURES,
             )

@@ -8,11 +8,13 @@ PIECE tokens the greatest logit and the weight. The second has one program a row
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
+from meshlm.kernels.gpu.capabilities import LATEST_MAJOR, multiplies_from_shared
 from meshlm.kernels.gpu.checks import ArgumentError, require, require_runs_on, require_tensor
 from meshlm.kernels.gpu.configs import Config, choose
 from meshlm.kernels.gpu.sample_filters import (
@@ -27,7 +29,7 @@ from meshlm.kernels.gpu.sample_filters import (
     threshold,
     value,
 )
-from meshlm.kernels.gpu.variants import Variant
+from meshlm.kernels.gpu.variants import ARCHITECTURES, Variant, by_config
 from meshlm.kernels.sample import COLDEST, NO_TOKEN, OUTPUT, SEEN_IN_PROMPT, SampleRows
 
 PIECE = 128  # tokens
@@ -68,8 +70,9 @@ def sample(
     config = choose("sample", (pieces,), default_config(pieces, device_major(device)), device)
     penalizes, bias = counts is not None, _bias_width(rows)
     adjusts = penalizes or bias > 0
-    piece_top, piece_weight = torch.empty(2, count, tiles * TILE, device=device)
-    tile_top, tile_weight = torch.empty(2, count, tiles, device=device)
+    piece_top, piece_weight = (torch.empty(count, tiles * TILE, device=device) for _ in range(2))
+    # Each by itself: halves of one would lie where 16 divides or not, by the rows, and be compiled for twice.
+    tile_top, tile_weight = (torch.empty(count, tiles, device=device) for _ in range(2))
     adjusted = torch.empty(count, dtype=torch.int32, device=device)
     worked = torch.empty(count, vocab, device=device) if adjusts else None
     _survey[(tiles, count)](
@@ -92,14 +95,19 @@ def sample(
 def default_config(pieces: int, major: int) -> Config:
     """Of the second launch: how many pieces it reads at a time, how many tokens it holds in registers, warps. By the
     device's major compute capability, since what fits in registers on one spills on another."""
-    if major == 8:
-        return {"GROUP": 8, "CANDIDATES": 2048, "num_warps": 8}
+    if not multiplies_from_shared(major):
+        warps = 4 if pieces <= 256 else 16 if pieces > 1024 and major == 12 else 8
+        return {"GROUP": 8, "CANDIDATES": 2048, "num_warps": warps}
     return {"GROUP": 16, "CANDIDATES": 2048, "num_warps": 8 if pieces <= 256 else 16}
+
+
+def _of_architecture(pieces: int, architecture: int) -> Config:
+    return default_config(pieces, architecture // 10)
 
 
 def device_major(device: torch.device) -> int:
     """Of a CPU, which interprets, the latest."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else LATEST_MAJOR
 
 
 def count_tokens(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor, *, prompt: bool = False) -> None:
@@ -357,14 +365,13 @@ def variants() -> Iterator[Variant]:
             yield Variant(name, _survey, of_dtype, constants, {"num_warps": 4})
         for vocab in vocabs:
             pieces = triton.next_power_of_2(triton.cdiv(vocab, PIECE * TILE) * TILE)
-            for major, architectures in ((8, (80,)), (9, (90, 100))):
-                config = dict(default_config(pieces, major))
+            for suffix, config, served in by_config(ARCHITECTURES, partial(_of_architecture, pieces)):
                 options = {"num_warps": config.pop("num_warps")}
                 for adjusts in (False, True):
                     constants = sizes | config | {"PIECES": pieces, "TILES": pieces // TILE, "ADJUSTS": adjusts}
                     absent = {} if adjusts else {"worked": None}
-                    name = f"sample choose {dtype} {vocab} of {major}.0" + (" adjusted" if adjusts else "")
-                    yield Variant(name, _choose, of_dtype, constants | absent, options, architectures=architectures)
+                    name = f"sample choose {dtype} {vocab}{' adjusted' if adjusts else ''}{suffix}"
+                    yield Variant(name, _choose, of_dtype, constants | absent, options, architectures=served)
     for prompt in (False, True):
         name = "sample count " + ("prompt" if prompt else "output")
         yield Variant(name, _count, types, {"PROMPT": prompt, "BLOCK": 128}, {"num_warps": 4}, hot=not prompt)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ARCHITECTURES = (80, 90, 100)  # compute capabilities, as of A100, H100, B200
+# Compute capabilities, as of A100; A10 and RTX 30; L4, L40 and RTX 40; H100; B200; RTX 50 and RTX PRO 6000.
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+FP8_ARCHITECTURES = (89, 90, 100, 120)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +28,16 @@ class Variant:
     options: Mapping[str, int] = field(default_factory=dict)
     hot: bool = True  # run for every token: spilled registers are an error
     architectures: tuple[int, ...] = ARCHITECTURES
+
+
+def by_config(
+    architectures: Iterable[int], config_of: Callable[[int], Mapping[str, int]]
+) -> Iterator[tuple[str, dict[str, int], tuple[int, ...]]]:
+    """The configurations that these architectures are launched in, each once: what to add to a variant's name (nothing
+    where sm_90 is among them), the configuration, and whose it is."""
+    served: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    for architecture in architectures:
+        served.setdefault(tuple(config_of(architecture).items()), []).append(architecture)
+    for items, whose in served.items():
+        suffix = "" if 90 in whose else "/sm_" + "_".join(map(str, whose))
+        yield suffix, dict(items), tuple(whose)

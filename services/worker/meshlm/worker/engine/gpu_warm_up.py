@@ -31,16 +31,17 @@ def warm_up(steps: GpuSteps, facts: ModelFacts, step_tokens: int) -> None:
     for rows in row_counts(step_tokens):
         sequences = min(most, -(-rows // longest))
         _run(steps, [chunk_of(facts, 0, count) for count in spread(rows, sequences, longest)])
-    for rows in (count for count in row_counts(min(step_tokens, longest)) if count.bit_count() == 1):
-        _run(steps, [chunk_of(facts, longest - rows, rows)])
+    for rows in row_counts(min(step_tokens, longest)):
+        if rows <= TALL_ROWS or rows.bit_count() == 1:
+            _run(steps, [chunk_of(facts, longest - rows, rows)])
     _score(steps, [chunk_of(facts, 0, min(SCORED_AT_ONCE, longest))])
     for start in (0, longest - 1):
         _run(steps, [chunk_of(facts, start, 1)] * min(most, 2))
-    # One row and four: what a draw keeps between its two launches may lie where 16 divides, or not.
     for sequences in {1, min(most, 4)}:
         for width in BIAS_WIDTHS:
             sampling = Sampling(presence_penalty=0.5, logit_bias=dict.fromkeys(range(width), 0.0))
-            chunks = [chunk_of(facts, 0, 1, sampling) for _ in range(sequences)]
+            # One token of the prompt and one of the answer: they are counted apart.
+            chunks = [chunk_of(facts, 1, 1, sampling, answered=1) for _ in range(sequences)]
             _run(steps, chunks)
             for chunk in chunks:
                 steps.sampler.forget(chunk.sequence)
@@ -56,8 +57,10 @@ def watch_for_compilation() -> None:
 
 
 def row_counts(step_tokens: int) -> list[int]:
-    """Of steps with prompts: powers of two below TALL_ROWS, then its multiples, and the most."""
-    counts = {2, 4, 8, 16, 32, *range(TALL_ROWS, step_tokens, TALL_ROWS)}
+    """Of steps with prompts: powers of two up to TALL_ROWS and one less, where tiles of attention change on one device
+    or another, then its multiples, and the most."""
+    powers = (2, 4, 8, 16, 32, TALL_ROWS)
+    counts = {*powers, *(power - 1 for power in powers[1:]), *range(TALL_ROWS, step_tokens, TALL_ROWS)}
     return sorted({count for count in counts if count < step_tokens} | {step_tokens})
 
 
@@ -70,11 +73,15 @@ def spread(rows: int, sequences: int, longest: int) -> list[int]:
     return counts
 
 
-def chunk_of(facts: ModelFacts, start: int, count: int, sampling: Sampling | None = None) -> Chunk:
-    """Of a sequence of its own, whose every block is block 0, and which draws a token."""
+def chunk_of(
+    facts: ModelFacts, start: int, count: int, sampling: Sampling | None = None, *, answered: int = 0
+) -> Chunk:
+    """Of a sequence of its own, whose every block is block 0, and which draws a token. answered: of its tokens, the
+    last that are no prompt."""
     end = start + count
+    prompt = [0] * (end - answered)
     request = Submit(
-        id=f"{start} to {end}", prompt=[0] * end, sampling=sampling or Sampling(), limits=Limits(max_tokens=1)
+        id=f"{start} to {end}", prompt=prompt, sampling=sampling or Sampling(), limits=Limits(max_tokens=1)
     )
     return Chunk(Sequence(request, [0] * end, [0] * -(-end // facts.block_size)), start, count, True)
 
