@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from meshlm.kernels.sample import OUTPUT, SEEN_IN_PROMPT
 from meshlm.worker.engine.engine import Engine
+from meshlm.worker.engine.flight import Row
 from meshlm.worker.engine.gpu_graphs import DecodeGraphs, ladder
 from meshlm.worker.engine.gpu_inputs import StepShape, device_inputs
 from meshlm.worker.engine.gpu_memory import MemoryNeeds
@@ -247,6 +249,43 @@ def test_every_input_of_a_step_lies_where_16_divides() -> None:
     places = {name: getattr(inputs, name).data_ptr() - memory.data_ptr() for name in shape.fields()}
     assert all(place % 16 == 0 for place in places.values())
     assert len(set(places.values())) == len(places)
+
+
+def test_memory_that_gives_out_in_a_draw_loses_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is run again, and the penalties are those of a sequence that said what it said."""
+    import meshlm.worker.engine.gpu_sampler as gpu_sampler
+
+    device = torch.device(DEVICE)
+    sampler, count = gpu_sampler.GpuSampler(2, VOCABULARY, device), gpu_sampler.count_tokens
+    request = Submit(id="it", prompt=[3], sampling=Sampling(presence_penalty=1.0), limits=Limits(max_tokens=4))
+    rows = [Row(Sequence(request, [3, 5, 5]), 2)]
+
+    def full(*arguments: Any, prompt: bool) -> None:
+        if not prompt:
+            raise torch.OutOfMemoryError
+        count(*arguments, prompt=prompt)
+
+    monkeypatch.setattr(gpu_sampler, "count_tokens", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler._catch_up(rows)
+    monkeypatch.setattr(gpu_sampler, "count_tokens", count)
+    for _ in range(2):  # and no token is counted twice
+        [slot] = sampler._catch_up(rows).tolist()
+        assert sampler._counts[slot, [3, 5]].tolist() == [SEEN_IN_PROMPT, 2 * OUTPUT]
+        assert sampler._counts.count_nonzero() == 2
+
+
+def test_memory_that_gives_out_at_the_start_is_said_and_not_retried_blindly(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import meshlm.worker.engine.gpu_load as gpu_load
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu_load.GpuSteps, "capture", full)
+    with pytest.raises(SettingsError, match="gave out while the model was loaded"):
+        runner_for(folder, "triton")
 
 
 def test_what_is_left_for_the_cache() -> None:

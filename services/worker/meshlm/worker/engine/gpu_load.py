@@ -27,8 +27,24 @@ log = structlog.get_logger()
 
 def gpu_runner(settings: RunnerSettings, checkpoint: Checkpoint, progress: LoadProgress) -> GpuRunner:
     """Raises ModelFileError and SettingsError."""
-    device, dtype = _device(settings), FLOATS[settings.dtype_name]
+    device = _device(settings)
     _check(settings, device)
+    try:
+        return _load(settings, checkpoint, progress, device)
+    except torch.OutOfMemoryError:
+        raise SettingsError(f"the memory of {device} gave out while the model was loaded; {_held(device)}") from None
+
+
+def _held(device: torch.device) -> str:
+    """Who has how much of a device's memory."""
+    if device.type != "cuda":
+        return "it is the host's"
+    (free, total), ours = torch.cuda.mem_get_info(device), torch.cuda.memory_reserved(device)
+    return f"of {total} bytes this process holds {ours}, others {max(0, total - free - ours)}"
+
+
+def _load(settings: RunnerSettings, checkpoint: Checkpoint, progress: LoadProgress, device: torch.device) -> GpuRunner:
+    dtype = FLOATS[settings.dtype_name]
     matrices = MatricesOnGpu.planned(checkpoint, settings.model, settings.quantization, device, dtype)
     weights = GpuWeights(checkpoint, device, matrices.matrix)
     model = GpuDecoder(

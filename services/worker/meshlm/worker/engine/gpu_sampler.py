@@ -88,6 +88,7 @@ class GpuSampler:
         slots = [-1] * len(rows)
         prompt: list[tuple[int, int]] = []  # (slot, token)
         output: list[tuple[int, int]] = []
+        counted: dict[int, int] = {}
         for number, row in enumerate(rows):
             sequence = row.sequence
             if not _penalized(sequence):
@@ -100,12 +101,13 @@ class GpuSampler:
             start, length = self._counted[id(sequence)], sequence.prompt_length
             prompt += [(slot, token) for token in sequence.tokens[start:length]]
             output += [(slot, token) for token in sequence.tokens[max(start, length) :]]
-            self._counted[id(sequence)] = len(sequence.tokens)
+            counted[id(sequence)] = len(sequence.tokens)
             slots[number] = slot
         for said, in_prompt in ((prompt, True), (output, False)):
             if said:
                 pairs = self._integers(said + [(-1, -1)] * (-len(said) % _PAIRS))  # no slot of that number: passed over
                 count_tokens(self._counts, pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), prompt=in_prompt)
+        self._counted |= counted  # not before: where memory gives out above, the step is run again
         return self._integers(slots)
 
     def _bias(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
