@@ -21,7 +21,8 @@ from harness import ROOT, Row, option_parser, report
 from model_answers import worker
 from question_sets import FOLDS, Question, questions
 
-from meshlm.router.routing.complexity import FEATURES, Scorer, features, parse, quantiles_of
+from meshlm.router.routing.complexity import FEATURES, Scorer, features, parse
+from meshlm.router.routing.quantiles import quantiles_of
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
 

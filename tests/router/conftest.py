@@ -113,7 +113,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.failure: MeshError | None = None  # after the first piece
         self.failures: list[MeshError] = []  # of the coming requests, after the first piece each
         self.shift = 0  # of its token offsets
-        self.logprob = 0.0  # of each of its tokens
+        self.logprob: float | None = 0.0  # of each of its tokens; None: it tells none
         self.accepts: asyncio.Event | None = None  # before it accepts
         self.late: asyncio.Event | None = None  # before the first piece
         self.hold: asyncio.Event | None = None  # before each piece after the first
@@ -183,7 +183,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                     token_ids=[number] * self.tokens_each if request.generation.return_token_ids else [],
                     finish_reason=int(last),
                 )
-                if request.generation.sampling.HasField("logprobs"):
+                if request.generation.sampling.HasField("logprobs") and self.logprob is not None:
                     for _ in range(self.tokens_each):
                         chunk.logprobs.add(chosen=pb.TokenLogprob(logprob=self.logprob))
                 skipped = self.skipped if number == 0 else ""

@@ -14,13 +14,16 @@ from meshlm.chassis.config import ConfigError, Source
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.router.config import RouterConfig
 from meshlm.router.replicas.fleet import Fleet
-from meshlm.router.routing.complexity import FEATURES, Complexity, Recent, Scorer, features, load, parse, quantiles_of
+from meshlm.router.routing.complexity import FEATURES, Complexity, Scorer, features, load, parse
+from meshlm.router.routing.confidence import Doubts
 from meshlm.router.routing.config import ComplexityConfig, RuleConfig
+from meshlm.router.routing.quantiles import Recent, Similar, quantiles_of
 from meshlm.v1 import generation_pb2 as pb
 from tests.router.names import holder, query, routes, up
 
 # Only the number of numbers counts: 0.5 without one, 0.75 with one, 1 from three on.
 NUMBERS = Scorer("numbers", tuple(0.5 * (name == "numbers") for name in FEATURES), 0.0, (0.0, 0.5, 0.5, 0.5, 1.0))
+DOUBTS = Doubts("answers", (0.0, 0.1, 0.2, 0.3, 0.4, 1.0))
 PAIR = {"small": "small", "large": "large"}
 
 
@@ -104,7 +107,7 @@ class TestThresholds:
         assert recent.threshold(0.8) is None
 
     def test_traffic_that_is_harder_than_the_questions_moves_the_threshold_only_where_it_is_asked_to(self) -> None:
-        book = Complexity(NUMBERS)
+        book = Complexity(NUMBERS, DOUBTS)
         fixed, moving = ComplexityConfig(**PAIR), ComplexityConfig(**PAIR, calibration="recent")
         texts = ["1" if number % 10 else "1 2 3" for number in range(200)]  # all have numbers, a tenth has three
         hard = {"training": 0, "recent": 0}
@@ -116,8 +119,32 @@ class TestThresholds:
         assert sum(last) == 20
         assert "recent" in book.is_hard("b", moving, prompt("1"), learn=False)[1]
 
+    def test_similar_requests_are_compared_with_each_other_and_each_kind_keeps_the_share(self) -> None:
+        book = Complexity(NUMBERS, DOUBTS)
+        config = ComplexityConfig(**PAIR, signal="confidence", calibration="similar", small_share=0.75)
+        chance = np.random.default_rng(1)
+        over: dict[str, list[bool]] = {"Who?": [], "1 + 2 + 3 = ": []}
+        for _ in range(1500):
+            for text, low in (("Who?", 0.1), ("1 + 2 + 3 = ", 0.7)):  # the doubts of one are all above the other's
+                taken, why = book.is_doubtful("r", config, prompt(text), low + 0.2 * chance.random())
+                over[text].append(taken)
+        assert "75% of similar requests are small" in why
+        for taken in over.values():
+            assert 0.2 < np.mean(taken[500:]) < 0.3
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.floats(0.02, 0.98), st.integers(0, 2**32 - 1))
+    def test_the_next_of_those_alike_is_small_with_the_wanted_probability(self, share: float, seed: int) -> None:
+        chance, similar = np.random.default_rng(seed), Similar(1)
+        for score in chance.random(1000):
+            similar.note([1.0], score)
+        threshold = similar.threshold([1.0], share)
+        assert threshold is not None
+        nearest = max(20, np.ceil(2 / min(share, 1 - share)))
+        assert abs(threshold - share) < 5 * np.sqrt(share * (1 - share) / nearest)
+
     def test_what_is_only_tried_teaches_nothing(self) -> None:
-        book, config = Complexity(NUMBERS), ComplexityConfig(**PAIR, calibration="recent")
+        book, config = Complexity(NUMBERS, DOUBTS), ComplexityConfig(**PAIR, calibration="recent")
         for _ in range(500):
             book.is_hard("r", config, prompt("1"), learn=False)
         assert "questions" not in book.is_hard("r", config, prompt("1"), learn=False)[1]
@@ -127,11 +154,11 @@ class TestThresholds:
     def test_all_or_none_is_all_or_none_whatever_the_score(self, share: float, hard: bool) -> None:
         config = ComplexityConfig(**PAIR, small_share=share)
         for text in ("", "1 2 3"):
-            assert Complexity(NUMBERS).is_hard("r", config, prompt(text), learn=True)[0] is hard
+            assert Complexity(NUMBERS, DOUBTS).is_hard("r", config, prompt(text), learn=True)[0] is hard
 
     def test_a_threshold_of_ones_own_wins_over_the_share(self) -> None:
         config = ComplexityConfig(**PAIR, threshold=0.7)
-        answers = [Complexity(NUMBERS).is_hard("r", config, prompt(text), learn=True) for text in ("", "1")]
+        answers = [Complexity(NUMBERS, DOUBTS).is_hard("r", config, prompt(text), learn=True) for text in ("", "1")]
         assert [hard for hard, _ in answers] == [False, True]
         assert answers[1][1] == "score 0.750 above 0.700 (as configured)"
 
@@ -193,6 +220,12 @@ class TestRules:
         ('complexity = { small = "m", large = "m" }', "rules[0].complexity: small and large: are the same"),
         ('complexity = { small = "m", large = "n", small_share = 1.5 }', "rules[0].complexity: small_share: must"),
         ('complexity = { small = "m", large = "n", threshold = -1 }', "rules[0].complexity: threshold: must"),
+        (
+            'complexity = { small = "m", large = "n", calibration = "similar" }',
+            "rules[0].complexity: calibration: similar",
+        ),
+        ('complexity = { small = "m", large = "n", first_tokens = 0 }', "rules[0].complexity: first_tokens: must"),
+        ('complexity = { small = "m", large = "n", first_seconds = 0.0 }', "rules[0].complexity: first_seconds: must"),
         ('complexity = { small = "m" }', "rules[0].complexity.large: required"),
         ('complexity = { small = "m", large = "n" }\ntargets = [{ model = "m" }]', "rules[0]: one of targets"),
     ],

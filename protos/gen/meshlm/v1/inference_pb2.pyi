@@ -212,8 +212,8 @@ class RoutingStep(google.protobuf.message.Message):
     OUTCOME_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     stage: builtins.str
-    """What decided: `default`, `alias`, `rule`, `permission`, `split`, `complexity`, `availability`, `fallback`, `sampling`
-    or `shadow`.
+    """What decided: `default`, `alias`, `rule`, `permission`, `split`, `complexity`, `confidence`, `availability`,
+    `fallback`, `sampling` or `shadow`.
     """
     outcome: builtins.str
     """What it decided, for a person."""

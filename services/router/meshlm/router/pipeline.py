@@ -32,6 +32,7 @@ from meshlm.router.replicas.residency import Residency
 from meshlm.router.risk.vigilance import Vigilance, admission_of
 from meshlm.router.routing.routes import Routes
 from meshlm.router.routing.shadow import Shadows
+from meshlm.router.streams.cascade import Call, Cascade
 from meshlm.router.streams.dispatch import Dispatcher, token_text
 from meshlm.router.streams.hedging import Hedges
 from meshlm.router.streams.retries import RetryBudget
@@ -79,6 +80,7 @@ class Pipeline:
         overload = Overload(config.overload)
         fleet.listen(overload.note_end, overload.wake)
         self._dispatcher = Dispatcher(fleet, retries, overload)
+        self._cascade = Cascade(self.routes, self._begin, self._move)
         self.explainer = Explainer(
             config,
             ledger=ledger,
@@ -148,13 +150,16 @@ class Pipeline:
         work.terms = self._book.terms(work.key, work.route.model, weight)
 
     async def _fall_back(self, work: Work, error: MeshError) -> bool:
-        """Go on with the route's next model, under the limits and prices of that one; False where there is none.
-
-        Raises MeshError where the limits refuse it.
-        """
+        """Go on with the route's next model; False where there is none. Raises MeshError where its limits refuse it."""
         assert work.route is not None  # noqa: S101
         if not self.routes.fall_back(work.route, error):
             return False
+        await self._move(work)
+        return True
+
+    async def _move(self, work: Work) -> None:
+        """Put it under the limits and prices of the model that its route has come to. Raises MeshError where they
+        refuse it."""
         held, work.reservation = work.reservation, None
         if held is not None:
             await self._shielded(self._ledger.void(held))
@@ -163,7 +168,6 @@ class Pipeline:
         weight = work.terms.weight if work.terms is not None else work.weight  # a caller's risk goes with it
         self._bind(work, weight)
         await self._admit(work)
-        return True
 
     async def _admit(self, work: Work) -> None:
         assert work.terms is not None  # noqa: S101
@@ -265,7 +269,7 @@ class Pipeline:
         self._prover.sample(work)
         dispatching = asyncio.create_task(self._dispatch(work)) if self._guards.present else None
         window = self._guards.open_output(work.request_id, work.key, work.generation.input, work.wording().canaries)
-        call: LastingCall | None = None
+        call: Call | None = None
         try:
             work.input_verdict = await screening
             await window.open()
@@ -301,15 +305,17 @@ class Pipeline:
             if call is not None:
                 await call.close()
 
-    async def _dispatch(self, work: Work) -> LastingCall:
+    async def _dispatch(self, work: Work) -> Call:
         while True:
             try:
-                call = await self._dispatcher.first(work)
+                return await self._cascade.call(work)
             except MeshError as error:
                 if not await self._fall_back(work, error):
                     raise
-            else:
-                return LastingCall(work, call, self._dispatcher, self._config.streams, self._hedges)
+
+    async def _begin(self, work: Work) -> LastingCall:
+        call = await self._dispatcher.first(work)
+        return LastingCall(work, call, self._dispatcher, self._config.streams, self._hedges)
 
     async def _open_budget(self, work: Work) -> Budget:
         assert work.reservation is not None  # noqa: S101

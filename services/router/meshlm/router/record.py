@@ -90,6 +90,8 @@ class Recorder:
             attributes[Name.TEMPERATURE] = sampling.temperature
         if (cost := work.cost_micros) is not None:
             attributes[Name.COST_MICROS] = cost
+        if route.doubt is not None:
+            attributes[Name.ROUTING_DOUBT] = route.doubt
         if route.arm:
             attributes[Name.ROUTING_ARM] = route.arm
         if wording := work.wording().name:
@@ -110,6 +112,7 @@ class Recorder:
             requested=route.requested,
             model_reason=route.reason,
             arm=route.arm,
+            doubt=round(route.doubt, 4) if route.doubt is not None else None,
             model_revision=work.choice.revision if work.choice is not None else "",
             replica=work.replica.name if work.replica is not None else "",
             cache=work.lookup.outcome,

@@ -58,6 +58,7 @@ class Work:
     replica: Replica | None = None  # that computes, or was the last to
     replicas: list[str] = field(default_factory=list)  # all that computed, in order
     drawn: int = field(default_factory=lambda: secrets.randbits(64))  # the seed where the caller named none
+    weighed: bool = False  # how sure the model is of its first tokens decides whether it goes on
     proven: bool = False  # its answer is computed again elsewhere, from these, one a token:
     logprobs: array[float] = field(default_factory=lambda: array("d"))
     resumable: bool = False  # what it made is kept for a caller who comes back
@@ -233,6 +234,11 @@ class Work:
         """A quicker one took its place."""
         self.replica = replica
         self.replicas[-1] = replica.name
+
+    def forget_call(self) -> None:
+        """What a worker made so far goes nowhere: another model begins anew."""
+        self.progress, self.logprobs = [Progress() for _ in self.progress], array("d")
+        self.replica, self.replicas, self.usage, self.weighed = None, [], pb.Usage(), False
 
     def note_worker(self, message: worker_pb2.RunGenerationResponse) -> None:
         """What the worker counted, and what it says of its own stages."""

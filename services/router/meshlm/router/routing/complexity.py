@@ -6,24 +6,22 @@ what it can and cannot tell is in docs/routing.md, with figures. Of a long promp
 
 from __future__ import annotations
 
-import bisect
 import json
 import math
 import re
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
+from meshlm.router.routing.confidence import Doubts
 from meshlm.router.routing.config import ComplexityConfig
+from meshlm.router.routing.quantiles import Recent, Similar, quantile
 from meshlm.router.routing.tasks import ends_of, last_words
 from meshlm.v1 import generation_pb2 as pb
 
 # Characters at each end of the last message that are looked at.
 _END_CHARS = 2000
-# Prompts of a rule that a router remembers the scores of, and from how many on they are used.
-_RECENT, _ENOUGH = 1000, 100
 
 _WORD = re.compile(r"[^\W\d_]+")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -113,10 +111,7 @@ class Scorer:
 
     def threshold(self, share: float) -> float:
         """The score that `share` of the questions it learned from do not pass."""
-        place = share * (len(self.quantiles) - 1)
-        below = min(int(place), len(self.quantiles) - 2)
-        low, high = self.quantiles[below : below + 2]
-        return low + (high - low) * (place - below)
+        return quantile(self.quantiles, share)
 
 
 def load() -> Scorer:
@@ -132,45 +127,45 @@ def parse(found: Mapping[str, Any]) -> Scorer:
     return Scorer(found["version"], weights, float(found["bias"]), tuple(map(float, found["quantiles"])))
 
 
-class Recent:
-    """Scores of the last prompts of a rule, in this router alone."""
-
-    def __init__(self) -> None:
-        self._order: deque[float] = deque()
-        self._sorted: list[float] = []
-
-    def note(self, score: float) -> None:
-        if len(self._order) == _RECENT:
-            del self._sorted[bisect.bisect_left(self._sorted, self._order.popleft())]
-        self._order.append(score)
-        bisect.insort(self._sorted, score)
-
-    def threshold(self, share: float) -> float | None:
-        """The score that `share` of them do not pass; None while there are too few."""
-        count = len(self._sorted)
-        if count < _ENOUGH:
-            return None
-        return self._sorted[round(share * count) - 1] if round(share * count) else -1.0
-
-
 class Complexity:
     """Small or large, for the rules of this configuration."""
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer, doubts: Doubts) -> None:
         self._scorer = scorer
+        self._doubts = doubts
         self._recent: dict[str, Recent] = {}
+        self._similar: dict[str, Similar] = {}
 
     def is_hard(self, rule: str, config: ComplexityConfig, source: pb.Input, *, learn: bool) -> tuple[bool, str]:
-        """Whether the large model is to answer, and why. `rule` names whose recent prompts count, if they do; they
-        count this one only where it is to `learn`."""
+        """Whether the large model is to answer, by the prompt's look, and why. `rule` names whose recent prompts count,
+        if they do; they count this one only where it is to `learn`."""
         score = self._scorer.score(source)
-        threshold, basis = self._threshold(rule, config)
-        if learn and config.calibration == "recent" and config.threshold is None:
+        if config.signal != "prompt":  # it stands in: what is configured and what was seen are of another signal
+            config, learn = replace(config, threshold=None, calibration="training"), False
+        threshold, basis = self._threshold(rule, config, self._scorer)
+        if learn and config.calibration == "recent":
             self._recent.setdefault(rule, Recent()).note(score)
-        hard = score > threshold
-        return hard, f"score {score:.3f} {'above' if hard else 'up to'} {threshold:.3f} ({basis})"
+        return score > threshold, _why("score", score, threshold, basis)
 
-    def _threshold(self, rule: str, config: ComplexityConfig) -> tuple[float, str]:
+    def is_doubtful(self, rule: str, config: ComplexityConfig, source: pb.Input, doubt: float) -> tuple[bool, str]:
+        """Whether the large model is to take over from a small one in such doubt, and why. The rule learns from it."""
+        look = features(source) if config.calibration == "similar" else []
+        threshold, basis = self._threshold(rule, config, self._doubts, look)
+        if config.calibration == "similar":
+            self._similar.setdefault(rule, Similar(len(look))).note(look, doubt)
+        elif config.calibration == "recent":
+            self._recent.setdefault(rule, Recent()).note(doubt)
+        return doubt > threshold, _why("doubt", doubt, threshold, basis)
+
+    def outlook(self, rule: str, config: ComplexityConfig, source: pb.Input) -> str:
+        """What the small model's beginning will be measured by."""
+        look = features(source) if config.calibration == "similar" else []
+        threshold, basis = self._threshold(rule, config, self._doubts, look)
+        return f"begins; stays where it doubts its first {config.first_tokens} tokens up to {threshold:.3f} ({basis})"
+
+    def _threshold(
+        self, rule: str, config: ComplexityConfig, known: Scorer | Doubts, look: Sequence[float] = ()
+    ) -> tuple[float, str]:
         share = config.small_share
         if config.threshold is not None:
             return config.threshold, "as configured"
@@ -178,18 +173,15 @@ class Complexity:
             return -1.0, "all go to the large"
         if share == 1:
             return 2.0, "all go to the small"
-        recent = self._recent.get(rule) if config.calibration == "recent" else None
-        if recent is not None and (threshold := recent.threshold(share)) is not None:
-            return threshold, f"{share:.0%} of recent prompts are small"
-        return self._scorer.threshold(share), f"{share:.0%} of {self._scorer.version} are small"
+        found = None
+        if config.calibration == "similar" and rule in self._similar:
+            found = self._similar[rule].threshold(look, share)
+        elif config.calibration == "recent" and rule in self._recent:
+            found = self._recent[rule].threshold(share)
+        if found is not None:
+            return found, f"{share:.0%} of {config.calibration} requests are small"
+        return known.threshold(share), f"{share:.0%} of {known.version} are small"
 
 
-def quantiles_of(scores: Sequence[float], count: int = 101) -> list[float]:
-    """`count` evenly spaced quantiles of the scores, ends included; linear between neighbours."""
-    ranked = sorted(scores)
-    found = []
-    for number in range(count):
-        place = number / (count - 1) * (len(ranked) - 1)
-        below = min(int(place), len(ranked) - 2)
-        found.append(ranked[below] + (ranked[below + 1] - ranked[below]) * (place - below))
-    return found
+def _why(what: str, score: float, threshold: float, basis: str) -> str:
+    return f"{what} {score:.3f} {'above' if score > threshold else 'up to'} {threshold:.3f} ({basis})"

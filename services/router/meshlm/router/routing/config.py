@@ -36,19 +36,27 @@ class TargetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ComplexityConfig:
-    """A choice between a small and a large model by how hard the prompt looks."""
+    """A choice between a small and a large model by how hard the prompt is."""
 
     # The small model's own name, or an alias of it.
     small: str
     # The large model's own name, or an alias of it.
     large: str
+    # What tells how hard it is: `prompt`, its look; or `confidence`, how sure the small model is of the first tokens of
+    # its answer, which are held back until then. Where that cannot be known, the prompt's look decides.
+    signal: Literal["prompt", "confidence"] = "prompt"
+    # With `confidence`: so many first tokens are judged, or the whole answer where it is shorter. Range [1, 512].
+    first_tokens: int = 16
+    # With `confidence`: seconds that they may take at the small model before the prompt's look decides.
+    first_seconds: float = 5.0
     # Part of the requests that the small model is to answer. Range [0, 1].
     small_share: float = 0.8
     # Score above which the large model answers, range [0, 1]; unset: the one that gives `small_share`.
     threshold: float | None = None
-    # What that is found on: `training`, the questions that the scorer learned from, the same in every router; or
-    # `recent`, the last prompts that this router saw under the rule.
-    calibration: Literal["training", "recent"] = "training"
+    # What that is found on: `training`, questions that the scorer learned from, the same in every router; `recent`, the
+    # last requests that this router saw under the rule; or `similar`, those of them whose prompts look most like this
+    # one's, with `confidence` only.
+    calibration: Literal["training", "recent", "similar"] = "training"
 
     def __post_init__(self) -> None:
         if not self.small or not self.large:
@@ -59,6 +67,12 @@ class ComplexityConfig:
             raise ValueError("small_share: must be in [0, 1]")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError("threshold: must be in [0, 1]")
+        if self.calibration == "similar" and self.signal != "confidence":
+            raise ValueError("calibration: similar is for the signal confidence")
+        if not 1 <= self.first_tokens <= 512:
+            raise ValueError("first_tokens: must be in [1, 512]")
+        if not (math.isfinite(self.first_seconds) and self.first_seconds > 0):
+            raise ValueError("first_seconds: must be a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +93,7 @@ class RuleConfig:
     max_context: int = 0
     # Models that share its traffic by weight.
     targets: tuple[TargetConfig, ...] = ()
-    # Instead of targets: a choice by how hard the prompt looks.
+    # Instead of targets: a choice by how hard the prompt is.
     complexity: ComplexityConfig | None = None
     # Models that answer, in this order, where the chosen one is down or overloaded.
     fallbacks: tuple[str, ...] = ()

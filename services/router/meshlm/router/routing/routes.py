@@ -6,14 +6,16 @@ remembered between requests, so every router says the same of the same request.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from meshlm.chassis.errors import MeshError, Reason, invalid
 from meshlm.router.config import KeyConfig, RouterConfig
 from meshlm.router.replicas.fleet import Fleet, Replica
 from meshlm.router.replicas.residency import ANYWHERE, Regions, Residency
+from meshlm.router.routing import confidence
 from meshlm.router.routing.complexity import Complexity, load
+from meshlm.router.routing.confidence import Trial
 from meshlm.router.routing.config import ComplexityConfig, RouteConfig, RuleConfig, ShadowConfig, follow
 from meshlm.router.routing.splits import arm_of, point
 from meshlm.router.routing.tasks import task_of
@@ -80,6 +82,8 @@ class Decision:
     shadow: ShadowConfig | None = None  # where this request is one of those that are copied
     temperature: float | None = None  # where the route sets the sampling
     top_p: float | None = None
+    trial: Trial | None = None  # the small model begins, and how sure it is decides
+    doubt: float | None = None  # how little sure it was
 
     def tell(self, told: inference_pb2.RoutingDecision) -> None:
         """Put it into what the caller is told."""
@@ -105,7 +109,7 @@ class Routes:
         self._default = config.default_model
         self._aliases = {name: follow(name, config.aliases) for name in config.aliases}
         self._routes = config.routes
-        self._complexity = Complexity(load())
+        self._complexity = Complexity(load(), confidence.load())
 
     def resolve(self, query: Query) -> Decision:
         """The model that a request means.
@@ -141,9 +145,36 @@ class Routes:
         if ready is None:
             return False
         decision.fallbacks = decision.fallbacks[decision.fallbacks.index(ready) + 1 :]
-        decision.model, decision.reason = ready, "fallback"
+        decision.model, decision.reason, decision.trial = ready, "fallback", None
         decision.note("fallback", "answers instead", ready)
         return True
+
+    def takes_over(self, decision: Decision, source: pb.Input, logprobs: Sequence[float] | None) -> bool:
+        """Whether the large model answers in place of the small one, that of its first tokens said so much; or None,
+        which came too late: then the prompt's look decides. Ends the trial."""
+        trial, decision.trial = decision.trial, None
+        assert trial is not None  # noqa: S101
+        decision.doubt = confidence.doubt_of(logprobs) if logprobs is not None else None
+        if decision.doubt is not None:
+            over, why = self._complexity.is_doubtful(trial.place, trial.config, source, decision.doubt)
+        else:
+            over, why = self._complexity.is_hard(trial.place, trial.config, source, learn=False)
+            cause = "too late" if logprobs is None else "nothing to judge"
+            why = f"{cause}, so the prompt's look decides: {why}"
+        decision.note("confidence", why, trial.large if over else trial.small)
+        if over and not self._fleet.ready(trial.large, decision.regions):
+            decision.note("availability", "no replica is ready", trial.large)
+            return False
+        if over:
+            others = [model for model in decision.fallbacks if model != trial.large]
+            decision.model, decision.fallbacks = trial.large, [trial.small, *others]
+        return over
+
+    def give_back(self, decision: Decision, error: MeshError) -> None:
+        """The large model's limits refuse what it was to take over: the small one answers."""
+        decision.note("availability", str(error.reason), decision.model)
+        decision.model, decision.reason = decision.fallbacks.pop(0), "fallback"
+        decision.note("fallback", "answers instead", decision.model)
 
     def names(self, key: KeyConfig) -> dict[str, list[str]]:
         """Aliases and routes, with the models that they may lead this key to; none that leads it nowhere."""
@@ -209,8 +240,13 @@ class Routes:
         permitted = self._permitted(decision, (config.small, config.large), query.key)
         if len(permitted) < 2:
             return permitted
-        hard, why = self._complexity.is_hard(place, config, query.generation.input, learn=not query.trial)
         decision.reason = "complexity"
+        if config.signal == "confidence" and query.generation.sampling.n <= 1:
+            decision.trial = Trial(place, config, *permitted)
+            why = self._complexity.outlook(place, config, query.generation.input)
+            decision.note("complexity", why, permitted[0])
+            return permitted
+        hard, why = self._complexity.is_hard(place, config, query.generation.input, learn=not query.trial)
         decision.note("complexity", why, permitted[hard])
         return [permitted[hard], permitted[not hard]]
 
@@ -240,7 +276,7 @@ class Routes:
         decision.model = ready
         decision.fallbacks = served[served.index(ready) + 1 :]
         if ready != order[0]:
-            decision.reason = "fallback"
+            decision.reason, decision.trial = "fallback", None
             decision.note("fallback", "answers instead", ready)
 
     def _served(self, model: str) -> bool:

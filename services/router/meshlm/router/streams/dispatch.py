@@ -201,7 +201,7 @@ def request_of(work: Work) -> worker_pb2.RunGenerationRequest:
         request.generation.input.CopyFrom(work.wording().source)
     request.generation.return_token_ids = True
     ask_to_go_on(request, work.progress, tuple(work.finishes))
-    if work.proven and not request.generation.sampling.HasField("logprobs"):
+    if (work.proven or work.weighed) and not request.generation.sampling.HasField("logprobs"):
         request.generation.sampling.logprobs = 0
     if (seed := work.seed) is not None:
         request.generation.sampling.seed = seed

@@ -106,11 +106,11 @@ class LastingCall:
         if chunk.choice >= work.choices:
             raise MeshError(Reason.INTERNAL, "a worker made a choice that nobody asked for")
         work.progress[chunk.choice].take(message)
-        if work.proven:
+        if work.proven or work.weighed:
             work.logprobs.extend(position.chosen.logprob for position in chunk.logprobs)
         if not work.generation.return_token_ids:
             chunk.ClearField("token_ids")
-        if work.proven and not work.generation.sampling.HasField("logprobs"):
+        if (work.proven or work.weighed) and not work.generation.sampling.HasField("logprobs"):
             chunk.ClearField("logprobs")
 
     def _unfinished(self) -> bool:
