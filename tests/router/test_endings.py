@@ -23,6 +23,8 @@ from meshlm.chassis.channels import open_channel
 from meshlm.chassis.config import StateConfig
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.router.config import KeyConfig, PriceConfig
+from meshlm.router.replicas.concurrency import ConcurrencyLimit
+from meshlm.router.replicas.overload_config import OverloadConfig
 from meshlm.router.risk.config import BreakerConfig
 from meshlm.router.risk.standing import Caller
 from meshlm.router.routing.config import RouteConfig, RuleConfig, TargetConfig
@@ -82,6 +84,7 @@ class Ends:
         self.mesh, self.state = mesh, state
         self._numbers = itertools.count()
         self.text = ""
+        self.after: list[Callable[[], Any]] = []  # done once a request is over
         self.told = 0  # tokens, as the last message that was read says
 
     async def run(self, work: Work, most: int | None = None) -> None:
@@ -104,7 +107,9 @@ class Ends:
 
     async def nothing_is_left(self, work: Work) -> None:
         """Raises TimeoutError where something stays."""
-        mesh = self.mesh
+        for act in self.after:
+            act()
+        mesh, self.after = self.mesh, []
         await self._until(lambda: not mesh.pipeline._settling)
         await self._until(lambda: not any(replica.in_flight for replica in mesh.fleet.replicas))
         await self._until(lambda: not any(worker.open for worker in mesh.workers) and not mesh.guard.open)
@@ -187,6 +192,26 @@ async def is_a_probe(ends: Ends) -> dict[str, Any]:
     return {}
 
 
+async def waits_for_room(ends: Ends) -> dict[str, Any]:
+    one = OverloadConfig(first_concurrency=1, least_concurrency=1, most_concurrency=1)
+    others = []
+    for replica in ends.mesh.fleet.replicas:
+        replica.limit = ConcurrencyLimit(one, replica.clock)
+        others.append(replica.begin(None, 0))
+
+    async def make_room() -> None:
+        await until(lambda: any(ends.mesh.pipeline._dispatcher._overload._queues))
+        end_others()
+
+    def end_others() -> None:
+        for other in others:
+            other.end()
+
+    room = asyncio.ensure_future(make_room())
+    ends.after = [room.cancel, end_others]
+    return {}
+
+
 async def spends_its_budget(ends: Ends) -> dict[str, Any]:
     for worker in ends.mesh.workers:
         worker.tokens_each = BUDGET // 3
@@ -200,6 +225,7 @@ KINDS = [
     is_redacted_first,
     falls_back,
     is_a_probe,
+    waits_for_room,
     spends_its_budget,
 ]
 
