@@ -27,6 +27,8 @@ from meshlm.router.wording import Wording, word
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2, worker_pb2
 
+# Seconds that a request may have been on its way: its deadline comes as the time that was left when it was sent.
+_ON_THE_WAY = 0.05
 _PRIORITIES = {
     "critical": pb.PRIORITY_CRITICAL,
     "interactive": pb.PRIORITY_INTERACTIVE,
@@ -216,7 +218,8 @@ class Work:
 
     @property
     def late(self) -> bool:
-        return time.perf_counter() >= self.deadline
+        """Whether its caller's timer has run out: that one began before the request came here, and ends its call."""
+        return time.perf_counter() >= self.deadline - _ON_THE_WAY
 
     def seconds_left(self) -> float:
         """Raises MeshError DEADLINE where nothing is left."""
