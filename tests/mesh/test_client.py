@@ -124,6 +124,21 @@ async def test_a_connection_that_a_leaving_router_resets_is_made_again_and_the_c
     assert len(router.metadata) == 2
 
 
+async def test_a_call_that_a_draining_router_refuses_is_made_again_and_not_for_ever(router: ScriptedRouter) -> None:
+    router.refusal = MeshError(Reason.DRAINING, "another will answer")
+    async with client(router) as mesh:
+        asking = asyncio.ensure_future(collect(mesh))
+        while not router.metadata:
+            await asyncio.sleep(0.01)
+        router.refusal = None
+        assert text_of(await asking) == "".join(WORDS)
+        router.refusal = MeshError(Reason.DRAINING, "nobody else is there")
+        with pytest.raises(MeshError) as caught:
+            await collect(mesh)
+    assert caught.value.reason is Reason.DRAINING
+    assert len(router.metadata) == 2 + 3
+
+
 class TestResume:
     async def test_a_broken_stream_goes_on_without_a_gap_or_a_repeat(self, router: ScriptedRouter) -> None:
         router.breaks_after = [2, 4]

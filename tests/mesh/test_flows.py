@@ -381,7 +381,8 @@ async def test_many_streams_share_messages_and_lose_no_token() -> None:
         seconds = time.monotonic() - began
     assert sum(alone) == 100
     assert [sum(counts) for counts in crowd] == [100] * 16
-    assert max(map(len, crowd)) <= 10 * seconds + 5  # a second and more of steps: one message in a tenth of it
+    # One message in a tenth of a second, and in a quarter of that while few streams are there.
+    assert max(map(len, crowd)) <= 40 * seconds + 5
 
 
 async def test_a_kv_window_reaches_the_engine_and_its_answers_are_kept_apart() -> None:

@@ -33,26 +33,29 @@ _RETRYABLE = tuple((_SERVICE, method) for method in ("ListModels", "CountTokens"
 # Another replica, or the same one in a moment, can go on with the answer.
 _RESUMABLE = frozenset({Reason.ENGINE_LOST, Reason.NO_REPLICA, Reason.DRAINING, Reason.OVERLOADED})
 _RESUME_DELAY = 0.2
-# Before calls that had no connection are made again, seconds; the channel tries again after 0.1 (channels.py).
+# Before calls that nobody took are made again, seconds; the channel tries again after 0.1 (channels.py).
 _RECONNECT_PAUSES = (0.15, 0.3)
 
 
-def _unsent(error: grpc.RpcError) -> bool:
-    """Whether there was no connection to send the call by. A router that ends resets those that it had not taken yet,
-    whoever else listens on its port."""
-    return error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in (error.details() or "")
+def _untaken(error: grpc.RpcError) -> bool:
+    """Whether nobody took the call, if this is all that was heard. A router that ends resets connections that it had
+    not taken yet, and refuses calls on the youngest of the others, whoever else listens on its port."""
+    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return False
+    return "failed to connect" in (error.details() or "") or from_rpc_error(error).reason is Reason.DRAINING
 
 
 async def _messages(make: Callable[[], Any]) -> AsyncGenerator[Any, None]:
-    """Of a call, which is made again while there is no connection to send it by."""
+    """Of a call, which is made again while nobody takes it."""
     for pause in (*_RECONNECT_PAUSES, None):
-        call = make()
+        call, heard = make(), False
         try:
             async for message in call:
+                heard = True
                 yield message
             return
         except grpc.RpcError as error:
-            if pause is None or not _unsent(error):
+            if pause is None or heard or not _untaken(error):
                 raise
         finally:
             call.cancel()  # nothing, unless the caller left early
@@ -159,7 +162,7 @@ class AsyncMesh:
             try:
                 return await method(request, metadata=metadata, timeout=_left(ends_at))
             except grpc.RpcError as error:
-                if pause is None or not _unsent(error):
+                if pause is None or not _untaken(error):
                     raise from_rpc_error(error) from None
             await asyncio.sleep(pause)
         return None
