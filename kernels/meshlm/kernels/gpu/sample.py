@@ -97,7 +97,8 @@ def default_config(pieces: int, major: int) -> Config:
     device's major compute capability, since what fits in registers on one spills on another."""
     if not multiplies_from_shared(major):
         warps = 4 if pieces <= 256 else 16 if pieces > 1024 and major == 12 else 8
-        return {"GROUP": 8, "CANDIDATES": 2048, "num_warps": warps}
+        group = 16 if 256 < pieces <= 1024 and major == 8 else 8
+        return {"GROUP": group, "CANDIDATES": 2048, "num_warps": warps}
     return {"GROUP": 16, "CANDIDATES": 2048, "num_warps": 8 if pieces <= 256 else 16}
 
 
