@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
 import structlog
@@ -16,9 +16,8 @@ from meshlm.chassis.telemetry import Name, span
 from meshlm.router.accounts.budget import Budget
 from meshlm.router.accounts.inquiries import Inquiries
 from meshlm.router.accounts.ledger import Ledger
-from meshlm.router.accounts.limits import LimitBook
-from meshlm.router.accounts.reservation import Reservation
-from meshlm.router.answers import Answers, Lookup
+from meshlm.router.admission import Admission
+from meshlm.router.answers import Answers
 from meshlm.router.config import RouterConfig
 from meshlm.router.decision import annotate, limits_of, routing_of
 from meshlm.router.explain import Explainer
@@ -32,6 +31,7 @@ from meshlm.router.replicas.residency import Residency
 from meshlm.router.risk.vigilance import Vigilance, admission_of
 from meshlm.router.routing.routes import Routes
 from meshlm.router.routing.shadow import Shadows
+from meshlm.router.settling import Settling
 from meshlm.router.streams.cascade import Call, Cascade
 from meshlm.router.streams.dispatch import Dispatcher, token_text
 from meshlm.router.streams.hedging import Hedges
@@ -63,12 +63,13 @@ class Pipeline:
     ) -> None:
         self._config = config
         self._ledger = ledger
-        self._book = LimitBook(config)
         self.inquiries = Inquiries(config, ledger)
         self._fleet = fleet
         self.residency = Residency(config)
         self.routes = Routes(config, fleet)
         self._answers = answers
+        self._settling = Settling()
+        self._admission = Admission(config, ledger, answers, self.residency, self.routes, self._settling)
         self._guards = guards
         self._vigilance = vigilance
         self._returns = returns
@@ -80,7 +81,7 @@ class Pipeline:
         overload = Overload(config.overload)
         fleet.listen(overload.note_end, overload.wake)
         self._dispatcher = Dispatcher(fleet, retries, overload)
-        self._cascade = Cascade(self.routes, self._begin, self._move)
+        self._cascade = Cascade(self.routes, self._begin, self._admission.move)
         self.explainer = Explainer(
             config,
             ledger=ledger,
@@ -90,15 +91,14 @@ class Pipeline:
             vigilance=vigilance,
             overload=overload,
         )
-        self._settling: set[asyncio.Task[None]] = set()
 
     async def run(self, work: Work) -> AsyncGenerator[Response, None]:
         """The responses to a request that was identified. Passes through `_settle` whatever happens."""
         try:
             await self._returns.find(work)
-            self._resolve(work)
+            self._admission.resolve(work)
             await self._vigilance.look(work)
-            await self._admit(work)
+            await self._admission.admit(work)
             self._vigilance.read(work)
             await self._choose(work)
             screening = self._begin_screening(work)
@@ -123,84 +123,14 @@ class Pipeline:
         finally:
             if work.outcome == "cancelled" and work.late:
                 work.outcome = Reason.DEADLINE  # gRPC cancels what is too late
-            await self._shielded(self._settle(work))
+            await self._settling.finish(self._settle(work))
 
     async def stop(self) -> None:
         """Wait for settlements still under way."""
-        if self._settling:
-            await asyncio.wait(self._settling)
+        await self._settling.wait()
         await self._shadows.stop()
         await self._vigilance.stop()
         await self._ledger.stop()
-
-    def _resolve(self, work: Work) -> None:
-        """The model that is meant: limits and prices may be of one model."""
-        work.regions = self.residency.regions(work.key)
-        self.residency.check(work.regions)
-        work.route = self.routes.resolve(work.query)
-        self._bind(work, work.weight)
-
-    def _bind(self, work: Work, weight: float) -> None:
-        assert work.route is not None  # noqa: S101
-        work.generation.model = work.route.model
-        if work.route.temperature is not None:
-            work.generation.sampling.temperature = work.route.temperature
-        if work.route.top_p is not None:
-            work.generation.sampling.top_p = work.route.top_p
-        work.terms = self._book.terms(work.key, work.route.model, weight)
-
-    async def _fall_back(self, work: Work, error: MeshError) -> bool:
-        """Go on with the route's next model; False where there is none. Raises MeshError where its limits refuse it."""
-        assert work.route is not None  # noqa: S101
-        if not self.routes.fall_back(work.route, error):
-            return False
-        await self._move(work)
-        return True
-
-    async def _move(self, work: Work) -> None:
-        """Put it under the limits and prices of the model that its route has come to. Raises MeshError where they
-        refuse it."""
-        held, work.reservation = work.reservation, None
-        if held is not None:
-            await self._shielded(self._ledger.void(held))
-        lookup, work.lookup = work.lookup, Lookup()  # what the cache was asked for is another model's answer
-        await self._shielded(self._answers.release(lookup))
-        weight = work.terms.weight if work.terms is not None else work.weight  # a caller's risk goes with it
-        self._bind(work, weight)
-        await self._admit(work)
-
-    async def _admit(self, work: Work) -> None:
-        assert work.terms is not None  # noqa: S101
-        attributes = {
-            Name.PROMPT_BYTES: work.measure.size,
-            Name.PROMPT_ENTROPY: work.measure.entropy,
-            Name.PROMPT_COMPRESSION: work.measure.compression,
-            Name.LEDGER_WEIGHT: work.terms.weight,
-        }
-        prompt = 0 if work.prompt_paid else work.measure.tokens
-        with span("router.admit", attributes) as current:
-            # The request's own id may be sent twice by a caller: a reservation is of this call alone.
-            identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
-            asking = self._ledger.reserve(identifier, work.terms, prompt, work.completion_at_most)
-            if work.terms.limits:
-                await self._reserve(work, asking)
-            else:
-                work.reservation = await asking  # asks nobody
-            assert work.reservation is not None  # noqa: S101
-            current.set_attribute(Name.LEDGER_MODE, work.reservation.mode)
-            if not work.reservation.endless:
-                current.set_attribute(Name.TOKENS_RESERVED, prompt + work.reservation.granted)
-        work.timing.admit = work.elapsed()
-
-    async def _reserve(self, work: Work, asking: Coroutine[Any, Any, Reservation]) -> None:
-        reserving = asyncio.ensure_future(asking)
-        try:
-            work.reservation = await asyncio.shield(reserving)
-        except asyncio.CancelledError:
-            # Redis goes on with the script: what it takes must be known, to be given back.
-            with contextlib.suppress(MeshError):
-                work.reservation = await reserving
-            raise
 
     async def _choose(self, work: Work) -> None:
         while True:
@@ -208,7 +138,7 @@ class Pipeline:
                 work.choice = self._fleet.choose(work.wanted)
                 break
             except MeshError as error:
-                if not await self._fall_back(work, error):
+                if not await self._admission.fall_back(work, error):
                     raise
         annotate(trace.get_current_span(), work.choice)
 
@@ -310,7 +240,7 @@ class Pipeline:
             try:
                 return await self._cascade.call(work)
             except MeshError as error:
-                if not await self._fall_back(work, error):
+                if not await self._admission.fall_back(work, error):
                     raise
 
     async def _begin(self, work: Work) -> LastingCall:
@@ -397,13 +327,6 @@ class Pipeline:
             input_verdict=work.input_verdict,
         )
         await self._answers.keep(work.lookup, answer)
-
-    async def _shielded(self, settling: Awaitable[None]) -> None:
-        """A cancelled request is settled all the same."""
-        task = asyncio.ensure_future(settling)
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
-        await asyncio.shield(task)
 
 
 def _policy(verdict: pb.Verdict | None) -> str:
