@@ -72,8 +72,9 @@ async def test_requests_without_a_seed_do_not_repeat_each_other() -> None:
 
 async def test_choices_differ_in_seed_alone_and_the_largest_seed_wraps() -> None:
     plan = await plan_of(seed=2**64 - 1, n=2)
-    first, second = plan.submit("a", 0), plan.submit("b", 1)
+    first, second = plan.submit("a", 0, admitted=False), plan.submit("b", 1, admitted=True)
     assert (first.sampling.seed, second.sampling.seed) == (2**64 - 1, 0)
+    assert (first.admitted, second.admitted) == (False, True)
     assert (first.prompt, first.cache_salt, first.tenant) == (second.prompt, b"salt", "acme")
 
 
@@ -89,12 +90,12 @@ async def test_an_input_that_fills_the_context_is_refused_and_one_token_less_is_
 
 
 async def test_a_kv_policy_reaches_the_engine_with_its_defaults() -> None:
-    assert (await kept(WINDOW)).submit("a", 0).kv == KvBudget(policy="window", tokens=64, sinks=16)
+    assert (await kept(WINDOW)).submit("a", 0, admitted=False).kv == KvBudget(policy="window", tokens=64, sinks=16)
     bare = pb.KvPolicy(mode=pb.KvPolicy.MODE_WINDOW, tokens=64, sinks=0)
-    assert (await kept(bare)).submit("a", 0).kv == KvBudget(policy="window", tokens=64, sinks=0)
+    assert (await kept(bare)).submit("a", 0, admitted=False).kv == KvBudget(policy="window", tokens=64, sinks=0)
     important = pb.KvPolicy(mode=pb.KvPolicy.MODE_IMPORTANCE, tokens=90)
-    assert (await kept(important)).submit("a", 0).kv == KvBudget(policy="importance", tokens=90)
-    assert (await kept(pb.KvPolicy(mode=pb.KvPolicy.MODE_FULL))).submit("a", 0).kv is None
+    assert (await kept(important)).submit("a", 0, admitted=False).kv == KvBudget(policy="importance", tokens=90)
+    assert (await kept(pb.KvPolicy(mode=pb.KvPolicy.MODE_FULL))).submit("a", 0, admitted=False).kv is None
 
 
 async def test_with_a_kv_budget_the_model_and_not_the_memory_limits_the_length() -> None:
