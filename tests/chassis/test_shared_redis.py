@@ -97,6 +97,26 @@ async def test_a_server_that_hangs_costs_each_caller_its_time_and_no_more(server
     await client.aclose()
 
 
+async def test_a_connection_that_was_given_up_closes_with_the_last_who_waits_there_and_leaves(server: Server) -> None:
+    client = client_of(server, seconds=1.0)
+    await client.set("k", 1)
+    line = client._line
+    assert line is not None
+    server[1].send_signal(signal.SIGSTOP)
+    try:
+        early = asyncio.ensure_future(client.get("k"))
+        await asyncio.sleep(0.5)
+        late = asyncio.ensure_future(client.get("k"))
+        with pytest.raises(TimeoutError):
+            await early
+        late.cancel()
+        await asyncio.wait([line._running], timeout=30)
+        assert line._running.done()
+    finally:
+        server[1].send_signal(signal.SIGCONT)
+        await client.aclose()
+
+
 async def test_a_server_that_is_killed_fails_those_who_wait_at_once_and_its_successor_serves(tmp_path: Path) -> None:
     with run_valkey(tmp_path) as first:
         client = client_of(first, seconds=60.0)

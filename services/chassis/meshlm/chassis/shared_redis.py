@@ -35,6 +35,10 @@ class SharedRedis(Redis):
         except TimeoutError:
             line.leave()
             raise
+        except asyncio.CancelledError:
+            if line.lost:
+                line.leave()  # the last who waited there has gone: nobody would close it
+            raise
         options.pop("keys", None)  # for the library's client-side cache
         callback = self.response_callbacks.get(args[0])
         return answer if callback is None else callback(answer, **options)
