@@ -321,16 +321,15 @@ async def test_a_hedged_prefill_is_won_by_the_quicker_worker_and_frees_the_block
         async def hedged() -> bool:
             answers = [rig.stream(f"n {n}", cache="bypass", max_tokens=2) for n in range(8)]
             await asyncio.gather(*(events_of(answer) for answer in answers))
-            return (await rig.load("slow")).counters.cancelled > 0
+            return (await rig.load("slow")).counters.blocks_freed_after_cancel > 0
 
-        await until(hedged, 60)
+        await until(hedged, 60)  # a loser that still waited had no blocks: one that was computed is cancelled too
 
         async def idle() -> bool:
             load = await rig.load("slow")
             return load.running == load.waiting == 0 and load.free_blocks == load.total_blocks
 
         await until(idle)
-        assert (await rig.load("slow")).counters.blocks_freed_after_cancel > 0
 
 
 async def events_of(stream: Any) -> list[Any]:
