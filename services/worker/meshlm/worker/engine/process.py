@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -30,6 +31,8 @@ from meshlm.worker.messages import Cancel, FromEngine, Goodbye, Loading, Ready, 
 
 HEARTBEAT_SECONDS = 1.0
 GOODBYE_MS = 2000  # time for the last messages to leave
+GATHER_SECONDS = 0.0002  # that an idle engine waits for what comes with the first message, and again while more comes
+GATHER_ROUNDS = 10
 PR_SET_PDEATHSIG = 1
 
 log = structlog.get_logger()
@@ -81,7 +84,7 @@ class Line:
 def serve(engine: Engine, line: Line, parent: int) -> None:
     """Steps while there is work; without work it sleeps on the socket, and reports once a second as a heartbeat."""
     while os.getppid() == parent:
-        for message in line.receive(0.0 if engine.busy else HEARTBEAT_SECONDS):
+        for message in line.receive(0.0) if engine.busy else arrivals(line.receive):
             match message:
                 case Submit():
                     engine.submit(message)
@@ -92,6 +95,23 @@ def serve(engine: Engine, line: Line, parent: int) -> None:
                     line.send(Goodbye(blocks_in_use=engine.blocks_in_use))
                     return
         line.send(engine.step())
+
+
+def arrivals(receive: Callable[[float], list[ToEngine]], sleep: Callable[[float], None] = time.sleep) -> list[ToEngine]:
+    """What comes to an idle engine: waits HEARTBEAT_SECONDS at most for the first message, then briefly for its
+    company.
+
+    So prompts that come together are computed together. Else the first of them would begin alone, and its stream wait
+    for its second token until all the others are computed: they would have missed its step by less than a millisecond.
+    """
+    messages = fresh = receive(HEARTBEAT_SECONDS)
+    for _ in range(GATHER_ROUNDS):
+        if not any(isinstance(message, Submit) for message in fresh):
+            break
+        sleep(GATHER_SECONDS)
+        fresh = receive(0.0)
+        messages = messages + fresh
+    return messages
 
 
 def load(settings: ProcessSettings, line: Line) -> Runner:
