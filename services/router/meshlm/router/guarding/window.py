@@ -9,20 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
 
 from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.errors import MeshError, Reason
-from meshlm.router.guarding.redaction import Redactions
+from meshlm.router.guarding.held import HeldChoice, Moderation, nonsense
 from meshlm.v1 import generation_pb2 as pb
-from meshlm.v1 import guard_pb2, inference_pb2, worker_pb2
+from meshlm.v1 import guard_pb2, worker_pb2
 
-Moderation = inference_pb2.Moderation
 # The worker's own message, before what it lets out; a chunk that may go out now; what the guard says of the answer.
 Event = worker_pb2.RunGenerationResponse | pb.Chunk | Moderation
 
@@ -44,37 +41,6 @@ class Ward(Protocol):
         """It did not. Raises MeshError GUARD_UNAVAILABLE unless that lets an answer pass."""
 
 
-@dataclass
-class _Held:
-    """One choice: what is held of it, and what the guard said."""
-
-    chunks: deque[tuple[pb.Chunk, int]] = field(default_factory=deque)  # with where its text begins, characters
-    chars: int = 0  # received
-    size: int = 0  # the same, bytes
-    told: int = 0  # characters that the guard was told
-    gather: int = 0  # bytes before which it lets no more out, whatever it is told
-    gathered: list[str] = field(default_factory=list)  # what it was not told yet
-    gathered_tokens: int = 0
-    ended: bool = False  # its last chunk was received
-    released: int = 0
-    taken: int = 0
-    judged: int = 0
-    final: bool = False
-    verdict: pb.Verdict | None = None
-    blocked: bool = False
-    untaken: deque[tuple[int, int]] = field(default_factory=deque)  # end of a text, and its tokens
-    redactions: Redactions = field(default_factory=Redactions)
-    sent: int = 0  # characters that went out, as received
-    next_token: int = 0  # offset after the last token that went out
-    checked: int = 0  # the last check_offset told
-    ahead: bool = False  # the guard tells how far it judged: text may go out before that
-
-    @property
-    def owed(self) -> bool:
-        """Whether the guard has something to say yet."""
-        return not self.blocked and not self.final and (self.taken < self.told or self.ended)
-
-
 class OutputWindow:
     """Chunks come out whole and in order. Once the guard blocks a choice, what is held of it is dropped, and its last
     chunk says CONTENT_FILTER."""
@@ -84,7 +50,7 @@ class OutputWindow:
         self._start = start
         self._call: Any = None
         self._open = ward.stub is not None  # false once the guard failed and that lets the answer pass
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, HeldChoice] = {}
         self._hearing: asyncio.Task[Any] | None = None
         self._heard_at = 0.0  # or when it began to owe
         self._ending = False  # the guard was told that nothing follows, and has not ended its side
@@ -148,7 +114,7 @@ class OutputWindow:
         """After an answer was cut and `through` was left: what the guard still says of text that went out before it was
         judged. Nothing more of the answer goes out. Raises MeshError GUARD_UNAVAILABLE."""
         for held in self._held.values():
-            held.chunks.clear()
+            held.drop()
         unjudged = [held for held in self._held.values() if held.ahead and not held.blocked]
         if not self._open or not any(held.sent > held.judged for held in unjudged):
             return
@@ -170,7 +136,7 @@ class OutputWindow:
 
     def verdicts(self) -> list[pb.Verdict]:
         """One for each choice that the guard judged, in order; with offsets into the text that went out."""
-        return [_placed(held) for _, held in sorted(self._held.items()) if held.verdict is not None]
+        return [held.placed_verdict() for _, held in sorted(self._held.items()) if held.verdict is not None]
 
     async def finish(self) -> None:
         """All is judged: let the guard end its side by itself."""
@@ -192,7 +158,7 @@ class OutputWindow:
             self._call = None
 
     def _may_read(self) -> bool:
-        waiting = sum(tokens for held in self._held.values() for _, tokens in held.untaken)
+        waiting = sum(held.untaken_tokens for held in self._held.values())
         return not self._open or waiting < self._ward.hold_tokens
 
     def _owed(self) -> bool:
@@ -228,74 +194,31 @@ class OutputWindow:
                 return []
             if response is grpc.aio.EOF:
                 raise MeshError(Reason.GUARD_UNAVAILABLE, "the guard ended its stream")
-            held = self._accept(response)
+            held = self._held.get(response.choice)
+            if held is None:
+                raise nonsense()
+            held.accept(response)
         except (grpc.RpcError, asyncio.InvalidStateError, MeshError) as error:
             return self._fail(error)
         self._heard_at = time.monotonic()
         self._ward.answered()
-        return list(self._let_out(response, held))
-
-    def _accept(self, response: guard_pb2.CheckOutputResponse) -> _Held:
-        """Take what the guard says. Raises MeshError GUARD_UNAVAILABLE if it cannot be true."""
-        held = self._held.get(response.choice)
-        if held is None:
-            raise _nonsense()
-        held.ahead = response.HasField("judged_chars")
-        judged = response.judged_chars if held.ahead else held.judged
-        for before, now in ((held.released, response.released_chars), (held.taken, response.taken_chars)):
-            if not before <= now <= held.chars:
-                raise _nonsense()
-        if not held.judged <= judged <= held.chars:
-            raise _nonsense()
-        for found in response.redactions:
-            if not max(held.redactions.end, held.released) <= found.char_start < found.char_end <= held.chars:
-                raise _nonsense()
-            held.redactions.add(found)
-        held.released, held.taken = response.released_chars, response.taken_chars
-        held.gather = response.gather_bytes
-        held.final = held.final or response.final
-        held.verdict = response.verdict
-        while held.untaken and (held.final or held.untaken[0][0] <= held.taken):
-            held.untaken.popleft()
-        return held
-
-    def _let_out(self, response: guard_pb2.CheckOutputResponse, held: _Held) -> Iterator[Event]:
-        if held.blocked:
-            return
-        yield from _pop(held)
-        if response.HasField("judged_chars") and response.judged_chars > held.judged:
-            passed = _moderation(held, response.choice, Moderation.ACTION_PASS, held.judged, response.judged_chars)
-            held.judged = response.judged_chars
-            yield passed
-        if response.verdict.action == pb.Verdict.ACTION_BLOCK:
-            held.blocked = True
-            held.untaken.clear()
-            yield _end_of(held, response.choice)
-            yield _stopped(held, response.choice)
+        return list(held.let_out(response))
 
     async def _take(self, chunk: pb.Chunk, skipped: str) -> list[Event]:
         """The worker's next chunk; `skipped` is text before it that went out in another stream."""
-        held = self._held.setdefault(chunk.choice, _Held())
+        held = self._held.setdefault(chunk.choice, HeldChoice(chunk.choice))
         if held.blocked:
             return []
-        held.chunks.append((chunk, held.chars + len(skipped)))
-        if skipped:
-            held.sent = len(skipped)
-        text, last = skipped + chunk.text, chunk.finish_reason != pb.FINISH_REASON_UNSPECIFIED
-        held.chars += len(text)
-        held.size += len(text) if text.isascii() else len(text.encode())
-        held.ended = last
+        held.add(chunk, skipped)
         if not self._open:
             return list(self._pass())
-        if not (text or last):
-            return list(_pop(held))  # token counts follow what went out before them, and never overtake held text
-        held.gathered.append(text)
-        held.gathered_tokens += chunk.token_count
-        if not last and held.size < held.gather and held.gathered_tokens < self._ward.hold_tokens:
+        if not (skipped or chunk.text or chunk.finish_reason):
+            return list(held.pop())  # token counts follow what went out before them, and never overtake held text
+        if not held.gather(chunk, skipped, self._ward.hold_tokens):
             return []  # nothing would come of telling it now
-        if not any(other.owed for other in self._held.values() if other is not held) and not held.untaken:
+        if not any(other.owed for other in self._held.values() if other is not held) and held.all_taken:
             self._heard_at = time.monotonic()
-        return await self._write(_telling(held, chunk.choice))
+        return await self._write(held.telling())
 
     async def _write(self, request: guard_pb2.CheckOutputRequest) -> list[Event]:
         """Tell the guard. What goes out if it cannot be told."""
@@ -312,9 +235,9 @@ class OutputWindow:
         if self._open:
             self._ending, self._heard_at = True, time.monotonic()
             with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-                for choice, held in self._held.items():
-                    if held.gathered and not held.blocked:
-                        await self._call.write(_telling(held, choice))
+                for held in self._held.values():
+                    if held.untold:
+                        await self._call.write(held.telling())
                 await self._call.done_writing()
 
     def _fail(self, error: BaseException) -> list[Event]:
@@ -326,75 +249,7 @@ class OutputWindow:
 
     def _pass(self) -> Iterator[Event]:
         for held in self._held.values():
-            if not held.blocked:
-                held.released, held.final = held.chars, True
-                yield from _pop(held)
-
-
-def _telling(held: _Held, choice: int) -> guard_pb2.CheckOutputRequest:
-    """What the guard was not told yet of a choice."""
-    message = guard_pb2.OutputText(choice=choice, text="".join(held.gathered), last=held.ended)
-    held.untaken.append((held.chars, held.gathered_tokens))
-    held.told = held.chars
-    held.gathered.clear()
-    held.gathered_tokens = 0
-    return guard_pb2.CheckOutputRequest(text=message)
-
-
-def _pop(held: _Held) -> Iterator[pb.Chunk]:
-    """Chunks whose text is released; a choice's last one, once its verdict is final."""
-    while held.chunks:
-        chunk, start = held.chunks[0]
-        last = chunk.finish_reason != pb.FINISH_REASON_UNSPECIFIED
-        if start + len(chunk.text) > held.released or (last and not held.final):
-            return
-        held.chunks.popleft()
-        held.sent = start + len(chunk.text)
-        held.next_token = chunk.token_offset + chunk.token_count
-        yield held.redactions.rewrite(chunk, start)
-
-
-def _end_of(held: _Held, choice: int) -> Moderation:
-    """What is said where a choice is stopped: to take back what was sent and never passed, or that nothing was."""
-    assert held.verdict is not None  # noqa: S101
-    start, end = held.verdict.char_start, held.verdict.char_end
-    if held.sent > max(start, held.judged):
-        return _moderation(held, choice, Moderation.ACTION_RETRACT, max(start, held.judged), held.sent)
-    return _moderation(held, choice, Moderation.ACTION_STOP, start, end)
-
-
-def _moderation(held: _Held, choice: int, action: Moderation.Action.ValueType, start: int, end: int) -> Moderation:
-    verdict, place = held.verdict, held.redactions.place
-    if verdict is not None and action == Moderation.ACTION_PASS and verdict.action == pb.Verdict.ACTION_BLOCK:
-        verdict = None  # what it says is of the text behind
-    held.checked = max(held.checked, place(end))
-    return Moderation(
-        choice=choice,
-        check_offset=held.checked,
-        char_start=place(start),
-        char_end=place(end),
-        categories=verdict.categories if verdict is not None else (),
-        score=verdict.score if verdict is not None else 0.0,
-        action=action,
-    )
-
-
-def _placed(held: _Held) -> pb.Verdict:
-    verdict = pb.Verdict()
-    verdict.CopyFrom(held.verdict or verdict)
-    verdict.char_start = held.redactions.place(verdict.char_start)
-    verdict.char_end = held.redactions.place(verdict.char_end)
-    return verdict
-
-
-def _stopped(held: _Held, choice: int) -> pb.Chunk:
-    offset = held.chunks[0][0].token_offset if held.chunks else held.next_token
-    held.chunks.clear()
-    return pb.Chunk(choice=choice, token_offset=offset, finish_reason=pb.FINISH_REASON_CONTENT_FILTER)
-
-
-def _nonsense() -> MeshError:
-    return MeshError(Reason.GUARD_UNAVAILABLE, "the guard's answers contradict each other")
+            yield from held.pop_all()
 
 
 async def _next(messages: AsyncIterator[worker_pb2.RunGenerationResponse]) -> worker_pb2.RunGenerationResponse | None:
