@@ -3,7 +3,7 @@
 Scores of the embedded model, of the rules, of both, of a list of keywords, of ready-made guards and of a small chat
 model that is asked in Llama Guard's words: area under the curve, F1 at 0.5, recall at 1% and 5% false positives with
 95% bootstrap intervals, by kind of attack and category; how often the default policy refuses harmless look-alikes; and
-the time for a text of 200 tokens.
+the time for a text of 200 tokens, and for one of 50,000.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import guard_page
 import guard_sets
@@ -36,6 +37,7 @@ from meshlm.guard.training.examples import Example
 from meshlm.guard.training.sources import examples
 
 Labels = NDArray[np.bool_]
+_LONG = 200_000  # characters
 _ZERO_SHOT = "Llama Guard's prompt, SmolLM2"
 _MEASURES: dict[str, Callable[[Scores, Labels], float]] = {
     "AUC": measures.auc,
@@ -201,10 +203,16 @@ def calibration(model: EmbeddedModel, own: dict[Head, list[Text]]) -> list[Row]:
     return rows
 
 
-async def latency(policy: Policy, model: EmbeddedModel, runs: int) -> list[Row]:
-    """A text of about 200 tokens, again and again: time of the processor, which other work on it does not lengthen."""
-    text = "The harbour was quiet that morning, and the boats lay where the tide had left them. " * 10
+async def latency(policy: Policy, model: EmbeddedModel, ordinary: Sequence[Text], runs: int) -> list[Row]:
+    """A text of about 200 tokens, again and again, and one of about 50,000: time of the processor, which other work on
+    it does not lengthen."""
+    short = "The harbour was quiet that morning, and the boats lay where the tide had left them. " * 10
+    long = " ".join(text.text for text in ordinary)[:_LONG]
+    goal = {"limit": 15.0, "goal": "<= 15 ms"}
+    return [*await _timed(policy, model, short, runs, **goal), *await _timed(policy, model, long, 3)]
 
+
+async def _timed(policy: Policy, model: EmbeddedModel, text: str, runs: int, **goal: Any) -> list[Row]:
     async def by_model() -> None:
         model.judge(text)
 
@@ -220,7 +228,7 @@ async def latency(policy: Policy, model: EmbeddedModel, runs: int) -> list[Row]:
             taken.append((time.process_time() - begun) * 1000)
         middle, spread = harness.median(taken), float(np.quantile(taken, 0.95)) / harness.median(taken) - 1
         label = f"time for {len(text)} characters, {name}"
-        rows.append(Row(label, "ms", middle, runs, spread, limit=15.0, goal="<= 15 ms"))
+        rows.append(Row(label, "ms", middle, runs, spread, **goal))
     return rows
 
 
@@ -264,7 +272,7 @@ def measure(sets: Sets, peers: list[System], *, quick: bool) -> list[Row]:
     rows += over_refusal(policy, sets)
     rows += asyncio.run(stopped(policy, sets))
     rows += calibration(model, sets.own)
-    rows += asyncio.run(latency(policy, model, 50 if quick else 500))
+    rows += asyncio.run(latency(policy, model, sets.ordinary, 50 if quick else 500))
     return rows
 
 

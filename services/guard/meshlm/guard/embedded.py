@@ -8,8 +8,9 @@ follow an argument, know what is true, or see an attack that is spread over turn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from meshlm.guard import artefact
 from meshlm.guard.encodings import unwrap
 from meshlm.guard.judging import Head
+from meshlm.guard.ngram_windows import Distinct, windowed
 from meshlm.guard.ngrams import Grams, grams
 from meshlm.guard.normalize import readings
 from meshlm.guard.windows import spans
@@ -58,6 +60,7 @@ class EmbeddedModel:
         self.version = loaded.version
         self.card = loaded.card
         self._layout = loaded.layout
+        self._distinct = Distinct(loaded.layout)
         self._weights: dict[Head, NDArray[np.int8]] = {"attack": loaded.attack, "harm": loaded.harm}
         self._numbers: dict[Head, dict[str, float]] = loaded.card["heads"]
         self._names: list[str] = loaded.card["categories"]
@@ -74,20 +77,23 @@ class EmbeddedModel:
     def judge(self, text: str, heads: tuple[Head, ...] = _HEADS) -> dict[Head, Scored]:
         """For each head, the window that scores highest: of any reading of the text, or of what is wrapped in it."""
         best: dict[Head, Scored] = {}
+        known: set[str] = set()
         for form in _forms(text):
-            for start, end in spans(len(form.text)):
-                window = form.text[start:end]
-                buckets = np.unique(grams(window, self._layout).buckets)
+            # Most windows of a reading are those of the plain one; a text may repeat itself.
+            cut = [at for at in spans(len(form.text)) if not _seen(form.text[slice(*at)], known)]
+            for (start, end), score_of in zip(cut, self._windows(form.text, cut), strict=True):
                 for head in heads:
-                    score = self._probability(head, buckets)
+                    score = score_of(head)
                     if head not in best or score > best[head].score:
-                        best[head] = Scored(score, *(form.span(start, end) if end else (0, 0)), window, form.name)
+                        span = form.span(start, end) if end else (0, 0)
+                        best[head] = Scored(score, *span, form.text[start:end], form.name)
         return best
 
     def score(self, text: str, head: Head) -> float:
         """One window of one reading, as it is: for texts that are judged as they grow. Range [0, 1]."""
         reading = next(iter(readings(text))).text
-        return self._probability(head, np.unique(grams(reading, self._layout).buckets))
+        (score_of,) = self._windows(reading, [(0, len(reading))])
+        return score_of(head)
 
     def categories(self, text: str) -> tuple[str, ...]:
         """What a harmful text is about, S1 to S14: the likeliest first, at least one."""
@@ -115,17 +121,30 @@ class EmbeddedModel:
         factor = numbers["scale"] * numbers["slope"]
         return np.asarray(self._weights[head][found.buckets[firsts]] * factor / np.sqrt(np.maximum(counts, 1)))
 
-    def _probability(self, head: Head, buckets: NDArray[np.intp]) -> float:
-        """Of the distinct buckets of a window, ascending."""
-        of_chars = int(np.searchsorted(buckets, 1 << self._layout.bits))
-        weights = self._weights[head][buckets]
-        numbers = self._numbers[head]
+    def _windows(self, text: str, cut: Sequence[tuple[int, int]]) -> Iterator[Callable[[Head], float]]:
+        """For each window, what gives its probability."""
+        for buckets, of_chars in windowed(text, cut, self._layout):
+            first = self._distinct(buckets)
+            chars, words = buckets[:of_chars][first[:of_chars]], buckets[of_chars:][first[of_chars:]]
+            yield partial(self._probability, chars, words)
+
+    def _probability(self, chars: NDArray[np.intp], words: NDArray[np.intp], head: Head) -> float:
+        """Of the distinct buckets of a window."""
+        weights, numbers = self._weights[head], self._numbers[head]
         margin = numbers["intercept"]
-        for part in (weights[:of_chars], weights[of_chars:]):
+        for part in (chars, words):
             if len(part):
-                margin += numbers["scale"] * int(part.sum(dtype=np.int64)) / math.sqrt(len(part))
+                margin += numbers["scale"] * int(weights[part].sum(dtype=np.int64)) / math.sqrt(len(part))
         log_odds = numbers["slope"] * margin + numbers["offset"]
         return 1.0 / (1.0 + math.exp(-max(-500.0, min(500.0, log_odds))))
+
+
+def _seen(window: str, known: set[str]) -> bool:
+    """Whether it is known; it is from now on."""
+    if window in known:
+        return True
+    known.add(window)
+    return False
 
 
 def _forms(text: str) -> Iterator[_Form]:

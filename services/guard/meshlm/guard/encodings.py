@@ -31,14 +31,15 @@ class Unwrapped:
 def unwrap(text: str) -> Iterator[Unwrapped]:
     """All readable payloads, in no particular order; each is about as long as its carrier at most."""
     wrappings = _ASCII_WRAPPINGS if text.isascii() else (*_ASCII_WRAPPINGS, _TAGS)
-    for form, pattern, decode in wrappings:
-        for match in pattern.finditer(text):
+    for form, sign, pattern, decode in wrappings:
+        for match in pattern.finditer(text) if sign in text else ():
             payload = decode(match.group())
             if payload is not None and _readable(payload):
                 yield Unwrapped(form, payload, match.start(), match.end())
-    for form, words, decipher in _CIPHERS:
-        for match in _LINE.finditer(text):
-            if _letters(words, match.group()) >= _MEANT:
+    for match in _LINE.finditer(text):
+        said = _words(match.group())
+        for form, words, decipher in _CIPHERS:
+            if sum(map(len, said & words)) >= _MEANT:
                 yield Unwrapped(form, decipher(match.group()), match.start(), match.end())
 
 
@@ -81,13 +82,11 @@ def _readable(text: str) -> bool:
     return printing * 10 >= len(text) * 9 and any(char.isalpha() for char in text)
 
 
-def _letters(words: re.Pattern[str], line: str) -> int:
-    """Letters of the distinct words that are found in a line."""
-    return sum(map(len, {word.lower() for word in words.findall(line)}))
-
-
-def _enciphered(decipher: Callable[[str], str]) -> re.Pattern[str]:
-    return re.compile(rf"(?<![^\W\d_])(?:{'|'.join(map(decipher, _COMMON))})(?![^\W\d_])", re.IGNORECASE)
+def _words(line: str) -> set[str]:
+    """The distinct runs of letters, in lower case."""
+    if line.isascii():
+        return set(line.encode().translate(_LOWER).decode().split())
+    return {run.translate(_CASED).lower() for run in _RUN.findall(line)}
 
 
 def _rot13(text: str) -> str:
@@ -109,18 +108,23 @@ _COMMON = (
     *("following", "message", "answer", "question", "explain", "make", "every", "under", "never", "must", "them"),
     *("please", "tell", "show", "they"),
 )
-_CIPHERS: tuple[tuple[str, re.Pattern[str], Callable[[str], str]], ...] = (
-    ("rot13", _enciphered(_rot13), _rot13),
-    ("reversed", _enciphered(_reversed), _reversed),
+_CIPHERS: tuple[tuple[str, frozenset[str], Callable[[str], str]], ...] = (
+    ("rot13", frozenset(map(_rot13, _COMMON)), _rot13),
+    ("reversed", frozenset(map(_reversed, _COMMON)), _reversed),
 )
-_Wrapping = tuple[str, re.Pattern[str], Callable[[str], str | None]]
+# Letters in lower case, and blanks for all else.
+_LOWER = bytes(byte | 32 if chr(byte).isalpha() and byte < 128 else 32 for byte in range(256))
+_RUN = re.compile(r"[^\W\d_]+")
+_CASED = str.maketrans("ſİı", "sii")  # letters that are another's in some case
+# Its name, what a text with one has somewhere, its pattern, and what is in it.
+_Wrapping = tuple[str, str, re.Pattern[str], Callable[[str], str | None]]
 _ASCII_WRAPPINGS: tuple[_Wrapping, ...] = (
-    ("base64", re.compile(r"[A-Za-z0-9+/_-]{16,}+={0,2}"), _base64),
-    ("hex", re.compile(r"(?<![0-9a-zA-Z])(?:0x)?(?:[0-9a-fA-F]{2}){8,}+"), _hex),
-    ("hex", re.compile(r"(?<![0-9a-zA-Z])(?:0x)?[0-9a-fA-F]{2}(?:[ :,-]{1,2}+(?:0x)?[0-9a-fA-F]{2}){7,}+"), _hex),
-    ("hex", re.compile(r"(?:\\x[0-9a-fA-F]{2}){4,}+"), _hex),
-    ("escapes", re.compile(r"(?:\\u[0-9a-fA-F]{4}){4,}+"), _escapes),
-    ("percent", re.compile(r"(?<!\S)[^\s%]{0,400}+(?:%[0-9a-fA-F]{2}[^\s%]{0,400}+){2,}+"), _percent),
+    ("base64", "", re.compile(r"[A-Za-z0-9+/_-]{16,}+={0,2}"), _base64),
+    ("hex", "", re.compile(r"(?<![0-9a-zA-Z])(?:0x)?(?:[0-9a-fA-F]{2}){8,}+"), _hex),
+    ("hex", "", re.compile(r"(?<![0-9a-zA-Z])(?:0x)?[0-9a-fA-F]{2}(?:[ :,-]{1,2}+(?:0x)?[0-9a-fA-F]{2}){7,}+"), _hex),
+    ("hex", "\\x", re.compile(r"(?:\\x[0-9a-fA-F]{2}){4,}+"), _hex),
+    ("escapes", "\\u", re.compile(r"(?:\\u[0-9a-fA-F]{4}){4,}+"), _escapes),
+    ("percent", "%", re.compile(r"(?<!\S)[^\s%]{0,400}+(?:%[0-9a-fA-F]{2}[^\s%]{0,400}+){2,}+"), _percent),
 )
 # A flag's subdivision is spelled with tags too, behind a black flag.
-_TAGS: _Wrapping = ("tags", re.compile(r"(?<!\U0001f3f4)[\U000e0020-\U000e007e]{4,}+"), _tags)
+_TAGS: _Wrapping = ("tags", "", re.compile(r"(?<!\U0001f3f4)[\U000e0020-\U000e007e]{4,}+"), _tags)

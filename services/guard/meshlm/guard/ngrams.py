@@ -17,6 +17,7 @@ VERSION = 1
 _PRIME = 0x9E3779B1  # odd: it has an inverse modulo 2**64
 _INVERSE = pow(_PRIME, -1, 1 << 64)
 _SPACE = 32
+_NONE = np.zeros(0, np.intp)
 # Whether a character is part of a word, below 0x10000; whatever lies above counts as one.
 _WORD = np.array([chr(code).isalnum() for code in range(0x10000)])
 _BLANK = np.array([chr(code).isspace() for code in range(0x10000)])
@@ -56,75 +57,96 @@ class Grams:
         return "".join(map(chr, self.codes[end - int(self.lengths[index]) : end]))
 
 
+@dataclass(frozen=True)
+class Codes:
+    """A text as code points, each run of blanks as one space."""
+
+    codes: NDArray[np.uint32]
+    # Of each character of the text, which code it became or is a part of.
+    index: NDArray[np.intp]
+    # Of each code, where it stood in the text; and whether it may be a part of a word.
+    places: NDArray[np.intp]
+    word: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, text: str) -> Codes:
+        raw = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        low = np.minimum(raw, 0xFFFF)
+        blank = _BLANK[low]
+        keep = np.ones(len(raw), bool)
+        keep[1:] = ~(blank[1:] & blank[:-1])
+        places = np.flatnonzero(keep)
+        codes = np.where(blank, _SPACE, raw)[places].astype(np.uint32)
+        return cls(codes, np.cumsum(keep) - 1, places, _WORD[low[places]])
+
+    def words(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """First and last code of each: a run of letters and digits, or one other character that is no space."""
+        if not len(self.codes):
+            return np.zeros(0, np.intp), np.zeros(0, np.intp)
+        apart, shown = ~self.word, self.codes != _SPACE
+        begins = shown & (apart | np.concatenate([[True], apart[:-1]]))
+        finishes = shown & (apart | np.concatenate([apart[1:], [True]]))
+        return np.flatnonzero(begins), np.flatnonzero(finishes)
+
+
 def grams(text: str, layout: Layout) -> Grams:
     """The n-grams of a text, in time linear in it."""
-    raw = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-    low = np.minimum(raw, 0xFFFF)
-    blank = _BLANK[low]
-    keep = np.ones(len(raw), bool)
-    keep[1:] = ~(blank[1:] & blank[:-1])
-    places = np.flatnonzero(keep)
-    codes = np.where(blank, _SPACE, raw)[places].astype(np.uint32)
-    char_ends, char_lengths, char_hashes = _characters(codes, layout.chars)
-    word_ends, word_lengths, word_hashes = _words(codes, _WORD[low[places]], layout.words)
-    shift = 64 - layout.bits
+    read = Codes.of(text)
+    of_chars = characters(read.codes, layout.chars)
+    char_ends = [np.arange(length - 1, len(read.codes)) for length, _ in of_chars]
+    char_lengths = [np.full(len(hashes), length) for length, hashes in of_chars]
+    starts, stops = read.words()
+    of_words = words(ranges(read.codes, starts, stops), layout.words)
+    word_ends = [stops[count - 1 :] for count, _ in of_words]
+    word_lengths = [stops[count - 1 :] - starts[: len(hashes)] + 1 for count, hashes in of_words]
     return Grams(
-        codes,
-        places,
-        np.concatenate([char_ends, word_ends]),
-        np.concatenate([char_lengths, word_lengths]),
-        np.concatenate([char_hashes >> shift, (word_hashes >> shift) + (1 << layout.bits)]).astype(np.intp),
-        len(char_ends),
+        read.codes,
+        read.places,
+        np.concatenate([*char_ends, *word_ends, _NONE]),
+        np.concatenate([*char_lengths, *word_lengths, _NONE]),
+        np.concatenate([*buckets(of_chars, layout), *buckets(of_words, layout, of_words=True), _NONE]),
+        sum(map(len, char_ends)),
     )
 
 
-_Found = tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.uint64]]
+# How many characters or words, and a hash of each n-gram of so many, in the order of the text.
+_Hashed = list[tuple[int, NDArray[np.uint64]]]
 
 
-def _characters(codes: NDArray[np.uint32], longest: int) -> _Found:
-    """Of two characters and more."""
+def characters(codes: NDArray[np.uint32], longest: int) -> _Hashed:
+    """N-grams of two characters and more; of n, that which begins at a code is at its place."""
     wide = codes.astype(np.uint64) + np.uint64(1)
-    ends, lengths, hashes = [], [], []
+    found = []
     rolling = wide
-    for length in range(2, longest + 1):
+    for length in range(2, min(longest, len(codes)) + 1):
         rolling = rolling[:-1] * np.uint64(_PRIME) + wide[length - 1 :]
-        if not len(rolling):
-            break
-        ends.append(np.arange(length - 1, len(codes)))
-        lengths.append(np.full(len(rolling), length))
-        hashes.append(_mixed(rolling + np.uint64(length)))
-    return _joined(ends, lengths, hashes)
+        found.append((length, _mixed(rolling + np.uint64(length))))
+    return found
 
 
-def _words(codes: NDArray[np.uint32], word: NDArray[np.bool_], longest: int) -> _Found:
-    """A word is a run of letters and digits, or one other character that is no space."""
-    if not len(codes):
-        return _joined([], [], [])
-    begins = (codes != _SPACE) & (~word | np.concatenate([[True], ~word[:-1]]))
-    finishes = (codes != _SPACE) & (~word | np.concatenate([~word[1:], [True]]))
-    starts, stops = np.flatnonzero(begins), np.flatnonzero(finishes)
-    # The hash of any range is a difference of running sums, moved back to the start.
+def ranges(codes: NDArray[np.uint32], starts: NDArray[np.intp], stops: NDArray[np.intp]) -> NDArray[np.uint64]:
+    """A hash of the codes from each start to its stop (inclusive): a difference of running sums, moved back."""
     power = np.cumprod(np.full(len(codes), _PRIME, np.uint64))
     back = np.cumprod(np.full(len(codes), _INVERSE, np.uint64))
     running = np.concatenate([[np.uint64(0)], np.cumsum((codes.astype(np.uint64) + np.uint64(1)) * power)])
-    single = _mixed((running[stops + 1] - running[starts]) * back[starts])
-    ends, lengths, hashes = [], [], []
+    return _mixed((running[stops + 1] - running[starts]) * back[starts])
+
+
+def words(single: NDArray[np.uint64], longest: int) -> _Hashed:
+    """N-grams of one word and more, of the hashes of words."""
+    found = []
     combined = single
-    for count in range(1, longest + 1):
+    for count in range(1, min(longest, len(single)) + 1):
         if count > 1:
             combined = _mixed(combined[:-1] * np.uint64(_PRIME) + single[count - 1 :])
-        if not len(combined):
-            break
-        ends.append(stops[count - 1 :])
-        lengths.append(stops[count - 1 :] - starts[: len(combined)] + 1)
-        hashes.append(combined)
-    return _joined(ends, lengths, hashes)
+        found.append((count, combined))
+    return found
 
 
-def _joined(ends: list[NDArray[np.intp]], lengths: list[NDArray[np.intp]], hashes: list[NDArray[np.uint64]]) -> _Found:
-    if not ends:
-        return np.zeros(0, np.intp), np.zeros(0, np.intp), np.zeros(0, np.uint64)
-    return np.concatenate(ends), np.concatenate(lengths), np.concatenate(hashes)
+def buckets(hashed: _Hashed, layout: Layout, *, of_words: bool = False) -> list[NDArray[np.intp]]:
+    """Where n-grams fall."""
+    first = np.uint64(int(of_words) << layout.bits)
+    return [((hashes >> np.uint64(64 - layout.bits)) + first).astype(np.intp) for _, hashes in hashed]
 
 
 def _mixed(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
