@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from meshlm.chassis.calls import REQUEST_ID_KEY, CallInterceptor, Gate, request_id
 from meshlm.chassis.channels import open_channel
@@ -17,6 +18,13 @@ from meshlm.v1 import inference_pb2, inference_pb2_grpc
 
 METHOD = "/meshlm.v1.InferenceService/StreamGenerate"
 Behaviour = Callable[[], AsyncIterator[Any]]
+
+
+class HandlerCallDetails(NamedTuple):
+    """As gRPC tells an interceptor."""
+
+    method: str
+    invocation_metadata: tuple[tuple[str, str], ...]
 
 
 class Servicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -142,3 +150,40 @@ async def test_a_callers_request_id_is_kept_only_if_it_is_well_formed(rig: Rig, 
     await rig.stub.ListModels(inference_pb2.ListModelsRequest(), metadata=[(REQUEST_ID_KEY, sent)])
     assert (rig.servicer.seen == sent) is kept
     assert rig.servicer.seen
+
+
+class BrokenContext:
+    """Of a call whose connection broke: gRPC refuses to send before it says that the call is cancelled."""
+
+    aborted = False
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    async def write(self, message: Any) -> None:
+        raise grpc.aio.InternalError
+
+    async def abort(self, *status: Any) -> None:
+        self.aborted = True
+
+
+async def test_a_caller_whose_connection_broke_is_no_error_of_the_service() -> None:
+    servicer, context = Servicer(), BrokenContext()
+    servicer.endless = True
+    handlers = {
+        "StreamGenerate": grpc.unary_stream_rpc_method_handler(
+            servicer.StreamGenerate, inference_pb2.StreamGenerateRequest.FromString
+        )
+    }
+
+    async def found(details: Any) -> Any:
+        return handlers[details.method.rpartition("/")[2]]
+
+    details = HandlerCallDetails(METHOD, ())
+    handler: Any = await CallInterceptor(gate := Gate()).intercept_service(found, details)
+    with capture_logs() as lines, pytest.raises(asyncio.CancelledError):
+        await handler.unary_stream(b"", context)
+    assert [line["log_level"] for line in lines] == ["info"]
+    assert not context.aborted
+    assert servicer.closed.is_set()
+    assert gate.running == 0

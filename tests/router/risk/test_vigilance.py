@@ -22,7 +22,7 @@ from meshlm.router.risk.standing import Caller, Standings
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from tests.router.conftest import SECRET, run_valkey
-from tests.router.test_pipeline import collect, failure, tokens_charged
+from tests.router.test_pipeline import collect, failure, tokens_charged, until
 
 ALLOW, FLAG, BLOCK = pb.Verdict.ACTION_ALLOW, pb.Verdict.ACTION_FLAG, pb.Verdict.ACTION_BLOCK
 CALLER = Caller("t", "k", "m")
@@ -151,6 +151,17 @@ class TestThrottle:
         first, second = (line for line in lines if line["event"] == "request")
         assert (first["risk"], first["weight"], first["breaker"], first["shadow"]) == (0.0, 1.0, "closed", False)
         assert second["risk"] == pytest.approx(1.0, abs=0.05)
+
+    async def test_a_prompt_less_surprising_than_its_language_counts_as_not_surprising_at_all(
+        self, mesh: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A histogram drops what is negative: its quantiles would be of the other prompts alone."""
+        recorded: list[float] = []
+        surprises = mesh.vigilance._surprises
+        monkeypatch.setattr(surprises, "record", lambda amount, labels: recorded.append(amount))
+        told = (await admission(mesh, "long " * 60)).surprise
+        assert told < 0
+        await until(lambda: recorded == [0.0])
 
     @pytest.mark.parametrize("holder", [limited(risk="off")])
     async def test_a_key_whose_risk_is_off_is_not_looked_at(self, mesh: Any, state: Redis) -> None:

@@ -103,7 +103,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext) -> None:
             async with _Boundary(self, method, context), aclosing(inner(read(request), context)) as messages:
                 async for message in messages:
-                    await context.write(message)
+                    await _write(context, message)
 
         return call
 
@@ -113,6 +113,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     @property
     def gate(self) -> Gate:
         return self._gate
+
+
+async def _write(context: grpc.aio.ServicerContext, message: Any) -> None:
+    """Raises CancelledError where nobody reads any more: a connection that breaks fails a write before it cancels the
+    call, and that is no error of ours."""
+    try:
+        await context.write(message)
+    except grpc.aio.InternalError:
+        log.info("the caller is gone")
+        raise asyncio.CancelledError from None
 
 
 def _reader(parse: Callable[[bytes], Any], streaming: bool) -> _Reader:

@@ -16,11 +16,16 @@ class Settling:
         return len(self._tasks)
 
     async def finish(self, settlement: Awaitable[None]) -> None:
-        """Wait for it; it goes on if the wait is cancelled."""
+        """Wait for it, also where the wait is cancelled: the call's span ends after it, and the record's attributes are
+        for that span. A second cancel ends the wait; the settlement goes on."""
         task = asyncio.ensure_future(settlement)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait([task])
+            raise
 
     async def wait(self) -> None:
         """Until all under way are done, however they end."""

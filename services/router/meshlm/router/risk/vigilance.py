@@ -181,9 +181,14 @@ class Vigilance:
     def _measure(self, found: Assessment) -> None:
         """What was thought of it at first; told at its end, when nobody waits for it."""
         if (surprise := found.surprise) is not None:
-            self._surprises.record(surprise.nats, {"source": "model" if surprise.by_model else "ngram"})
+            self._count(surprise)
         self._risks.record(found.standing.risk, {"source": "caller"})
         self._risks.record(self._risk_of(found.surprise), {"source": "prompt"})
+
+    def _count(self, surprise: Surprise) -> None:
+        """A prompt less surprising than its language is below zero, which a histogram does not take: it counts as 0, or
+        quantiles would be of the other prompts alone."""
+        self._surprises.record(max(0.0, surprise.nats), {"source": "model" if surprise.by_model else "ngram"})
 
     def _estimate(self, work: Work) -> Surprise | None:
         return self._estimator.surprise(text_of(work.generation.input), self._config.entropy.tokens)
@@ -202,7 +207,7 @@ class Vigilance:
         if scored is None:
             return
         found.scored = scored
-        self._surprises.record(scored.nats, {"source": "model"})
+        self._count(scored)
         if found.noted:
             await self._standings.note(found.caller, found.identifier, risk=self._risk_of(scored), flagged=None)
 
