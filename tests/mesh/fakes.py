@@ -54,13 +54,19 @@ def failing(name: str, code: int) -> ProcessPlan:
     return ProcessPlan(name, "guard", (sys.executable, "-S", "-c", script), {}, "unix:/nonexistent/socket")
 
 
-# For meshes whose processes may be kept waiting by a busy machine: what is slow there is neither lost nor an outlier.
+# For meshes whose processes may be kept waiting by a busy machine: what is slow there is neither lost nor an outlier,
+# and nobody gives up.
 PATIENT = {
     "MESHLM__STATE__TIMEOUT_SECONDS": "30.0",
     "MESHLM__ROUTER__CACHE_SECONDS": "30.0",
     "MESHLM__ROUTER__GUARD_SECONDS": "60.0",
     "MESHLM__ROUTER__REPLICAS__EJECT_SLOWNESS": "0.0",
     "MESHLM__ROUTER__REPLICAS__HEAR_SECONDS": "120.0",
+    "MESHLM__ROUTER__OVERLOAD__QUEUE_SECONDS": "120.0",
+    "MESHLM__ROUTER__STREAMS__RESUMABLE_SECONDS": "240.0",
+    "MESHLM__ROUTER__SERVER__GRACE_SECONDS": "120.0",
+    "MESHLM__ROUTER__ENTROPY__SECONDS": "60.0",
+    "MESHLM__ROUTER__PROOF__SECONDS": "60.0",
     "MESHLM__GUARD__LLAMA_GUARD__TIMEOUT_SECONDS": "30.0",
 }
 

@@ -25,7 +25,13 @@ overrides = { model = "large", "fake.text" = "large talk" }
 """
 ROUTE = """
 [[router.routes.{name}.rules]]
-complexity = {{ small = "small", large = "large", signal = "confidence", first_tokens = 4, threshold = {threshold} }}
+[router.routes.{name}.rules.complexity]
+small = "small"
+large = "large"
+signal = "confidence"
+first_tokens = 4
+first_seconds = 60.0
+threshold = {threshold}
 """
 ROUTES = ROUTE.format(name="bold", threshold=1.0) + ROUTE.format(name="timid", threshold=0.5)
 PRICES = """
@@ -61,14 +67,14 @@ async def test_doubt_decides_who_answers_and_only_that_one_is_paid_for(rig: Rig)
 
 
 async def test_whichever_model_is_killed_the_other_answers(rig: Rig) -> None:
-    rig.kill("two")
-    text, start, _ = await ask(rig, "timid")  # whether or not the router has noticed
+    async with rig.without("two"):
+        text, start, _ = await ask(rig, "timid")  # whether or not the router has noticed
     assert (text, start.routing.model) == ("small talk, at some length", "small")
 
     async def back() -> bool:
         return (await ask(rig, "timid"))[1].routing.model == "large"
 
     await until(back)
-    rig.kill("one")
-    text, start, _ = await ask(rig, "timid")
+    async with rig.without("one"):
+        text, start, _ = await ask(rig, "timid")
     assert (text, start.routing.model) == ("large talk", "large")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -22,17 +21,10 @@ from meshlm.router.accounts.limits import LimitBook, Usage
 from meshlm.router.config import KeyConfig, RouterConfig, TenantConfig
 from meshlm.v1 import cache_pb2
 from meshlm.v1 import generation_pb2 as pb
+from tests.ports import free_ports
 
 _SLOTS = 16384
 TENANTS = tuple(f"t{n}" for n in range(8))
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
 
 
 def _until(condition: Callable[[], bool], what: str) -> None:
@@ -52,7 +44,7 @@ def _answers(port: int) -> bool:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
     """The ports of two nodes, each with half of the slots."""
-    ports = _free_ports(4)
+    ports = free_ports(4)
     nodes = list(zip(ports[:2], ports[2:], strict=True))
     processes = []
     try:
@@ -96,7 +88,7 @@ def _config() -> RouterConfig:
 
 
 async def test_limits_of_every_tenant_hold_on_whichever_node_they_lie(cluster: list[int]) -> None:
-    client = connect(StateConfig(redis_url=f"redis://127.0.0.1:{cluster[0]}", cluster=True, timeout_seconds=5))
+    client = connect(StateConfig(redis_url=f"redis://127.0.0.1:{cluster[0]}", cluster=True, timeout_seconds=60))
     config = _config()
     ledger, book = Ledger(client, config), LimitBook(config)
     for key in config.keys:
@@ -119,20 +111,20 @@ def _key(tenant: str) -> Key:
 
 
 async def test_answers_and_flights_of_every_tenant_are_kept_on_whichever_node_they_lie(cluster: list[int]) -> None:
-    state = StateConfig(redis_url=f"redis://127.0.0.1:{cluster[1]}", cluster=True, timeout_seconds=5)
+    state = StateConfig(redis_url=f"redis://127.0.0.1:{cluster[1]}", cluster=True, timeout_seconds=60)
     store = Store(state, retry_seconds=0)
     for tenant in TENANTS:
         key = _key(tenant)
-        assert (await store.find_or_lead(key, "flight", 10)).lead
-        assert not (await store.find_or_lead(key, "other", 10)).lead
+        assert (await store.find_or_lead(key, "flight", 60)).lead
+        assert not (await store.find_or_lead(key, "other", 60)).lead
         answer = cache_pb2.CachedAnswer(chunks=[pb.Chunk(text=tenant)])
         assert await store.store(key, "flight", answer, 60)
-        assert (await store.find_or_lead(key, "other", 10)).answer == answer
+        assert (await store.find_or_lead(key, "other", 60)).answer == answer
     await store.close()
 
 
 async def test_scripts_that_a_node_forgot_are_told_to_it_again(cluster: list[int]) -> None:
-    state = StateConfig(redis_url=f"redis://127.0.0.1:{cluster[0]}", cluster=True, timeout_seconds=5)
+    state = StateConfig(redis_url=f"redis://127.0.0.1:{cluster[0]}", cluster=True, timeout_seconds=60)
 
     def forget() -> None:
         for port in cluster:
@@ -145,7 +137,7 @@ async def test_scripts_that_a_node_forgot_are_told_to_it_again(cluster: list[int
         forget()
         reservation = await ledger.reserve(key.id, book.terms(key, "m"), 10, 100)
         assert reservation.mode == "shared"
-        assert (await store.find_or_lead(_key(key.tenant), "flight", 10)).lead
+        assert (await store.find_or_lead(_key(key.tenant), "flight", 60)).lead
         await ledger.settle(reservation, Usage(10, completion=50))
     assert not ledger._breaker.open
     await ledger.stop()

@@ -22,7 +22,10 @@ def saying(text: str) -> str:
 
 
 def edit(file: Path, before: str, after: str) -> None:
-    file.write_text(file.read_text().replace(before, after))
+    """At once: whoever reads it meanwhile finds one or the other."""
+    new = file.with_suffix(".new")
+    new.write_text(file.read_text().replace(before, after))
+    new.replace(file)
 
 
 async def heard(rig: Rig, question: str = "hello") -> tuple[str, list[Moderated], End]:

@@ -18,7 +18,7 @@ from meshlm.router.wording import word
 from meshlm.worker.fake import expected_tokens
 from meshlm.worker.messages import Sampling
 from tests.mesh.fakes import read_by_the_fake
-from tests.mesh.test_flows import running
+from tests.mesh.test_flows import DEADLINE, running
 
 pytestmark = pytest.mark.mesh
 
@@ -50,7 +50,7 @@ TURNS: list[Turn] = [
 async def saying(text: str = "") -> AsyncIterator[AsyncMesh]:
     worker = f'[[mesh.workers]]\nname = "one"\noverrides = {{ "fake.text" = {json.dumps(text)} }}\n'
     async with running(worker, step=0.001, extra=CONFIG, interval=0.0) as rig:
-        client = AsyncMesh(rig.mesh.target, key=SECRET, deadline=60)
+        client = AsyncMesh(rig.mesh.target, key=SECRET, deadline=DEADLINE)
         yield client
         await client.close()
 

@@ -26,6 +26,7 @@ from meshlm.mesh.process import Died, ProcessEvent, Ready, Stopped
 from meshlm.mesh.state import MeshNotRunningError, StateFolder, StateFolderError
 from meshlm.mesh.status import load_of
 from meshlm.mesh.up import Stage, last_stage
+from meshlm.v1 import worker_pb2
 from tests.mesh.fakes import PATIENT, failing, plan, service
 
 QUICK = MeshConfig(ready_seconds=120.0, stop_seconds=60.0)
@@ -46,7 +47,7 @@ def folder(root: Path) -> Iterator[StateFolder]:
     made.release()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.02)
@@ -264,7 +265,7 @@ class TestRealServices:
                 for i, service in enumerate(mesh.running().services):
                     os.kill(service.pid, signal.SIGKILL)
                     await until(lambda done=i: sum(isinstance(event, Died) for event in events) == done + 1)
-                    async with asyncio.timeout(60):
+                    async with asyncio.timeout(120):
                         await mesh.wait_ready(service.name)
                         await answers(mesh, f"after {service.name}")
                 assert [event.name for event in events if isinstance(event, Died)] == [
@@ -287,8 +288,8 @@ class TestRealServices:
             async with mesh, AsyncMesh(mesh.target, key=mesh.key) as client:
                 (model,) = await client.list_models()
                 assert model.ready_replicas == 2
-                loads = [await load_of(mesh.address(name)) for name in ("one", "two")]
-        assert [(load.replica, load.block_size) for load in loads if load] == [("one", 16), ("two", 32)]
+                loads = [await told_load(mesh.address(name)) for name in ("one", "two")]
+        assert [(load.replica, load.block_size) for load in loads] == [("one", 16), ("two", 32)]
 
     def test_an_address_in_use_is_told_before_anything_starts(self, root: Path) -> None:
         with socket.socket() as taken:
@@ -301,6 +302,14 @@ class TestRealServices:
                 pytest.raises(AddressTaken, match=rf"router cannot have {address} .*router\.server\.listen"),
             ):
                 asyncio.run(mesh.start())
+
+
+async def told_load(worker: str) -> worker_pb2.WatchLoadResponse:
+    """What a worker says of itself, however busy it is."""
+    async with asyncio.timeout(120):
+        while (load := await load_of(worker)) is None:
+            pass
+    return load
 
 
 async def answers(mesh: LocalMesh, prompt: str) -> None:
@@ -357,7 +366,7 @@ class TestUp:
         assert all(name in shown for name in ("valkey", "guard", "cache", "worker", "router"))
         services = StateFolder(root).running().services
         up.send_signal(number)
-        out, err = await asyncio.wait_for(up.communicate(), 60)
+        out, err = await asyncio.wait_for(up.communicate(), 120)
         assert (up.returncode, err) == (0, b"")
         assert out.decode().count("ended") == 5
         assert not any(alive(service.pid) for service in services)
@@ -368,14 +377,14 @@ class TestUp:
         up = await self.start(root)
         await until(lambda: (root / "logs" / "router.log").exists(), 120)
         up.send_signal(signal.SIGINT)
-        _, err = await asyncio.wait_for(up.communicate(), 60)
+        _, err = await asyncio.wait_for(up.communicate(), 120)
         assert (up.returncode, err) == (0, b"")
 
     async def test_a_second_mesh_on_the_folder_is_refused_with_a_reason(self, root: Path) -> None:
         holder = StateFolder(root)
         holder.acquire()
         second = await self.start(root)
-        _, err = await asyncio.wait_for(second.communicate(), 60)
+        _, err = await asyncio.wait_for(second.communicate(), 120)
         holder.release()
         assert second.returncode == 1
         assert f"already runs on {root} (pid {os.getpid()})" in err.decode()
@@ -388,8 +397,8 @@ class TestUp:
         os.kill(router.pid, signal.SIGSTOP)  # it will never drain
         up.send_signal(signal.SIGINT)
         assert up.stdout is not None
-        await asyncio.wait_for(up.stdout.readuntil(b"draining"), 60)
+        await asyncio.wait_for(up.stdout.readuntil(b"draining"), 120)
         up.send_signal(signal.SIGINT)
-        await asyncio.wait_for(up.communicate(), 60)
+        await asyncio.wait_for(up.communicate(), 120)
         assert up.returncode == 1
         assert not any(alive(service.pid) for service in running.services)

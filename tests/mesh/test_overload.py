@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import urllib.request
 from collections import Counter
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.spans import read_trace
 from meshlm.mesh.client import AsyncMesh, Start
-from tests.mesh.test_flows import LONG, ONE, TWO, Rig, running, until
+from tests.mesh.test_flows import DEADLINE, LONG, ONE, TWO, Rig, running, until
+from tests.ports import free_port
 
 pytestmark = pytest.mark.mesh
 
@@ -32,7 +34,7 @@ def holder(**fields: str) -> str:
 
 
 async def enter(rig: Rig) -> None:
-    rig.client = AsyncMesh(rig.mesh.target, key=SECRET, deadline=60)
+    rig.client = AsyncMesh(rig.mesh.target, key=SECRET, deadline=DEADLINE)
 
     async def ready() -> bool:
         return any(m.ready_replicas for m in await rig.client.list_models())
@@ -52,10 +54,10 @@ PLACES += "queue_seconds = 60.0\n"
 
 async def test_batch_is_shed_first_and_critical_goes_on() -> None:
     extra = holder(priority='"critical"') + PLACES
-    async with running(ONE, step=0.01, extra=extra) as rig:
+    async with running(ONE, step=0.02, extra=extra) as rig:
         await enter(rig)
 
-        async def ask(priority: Any, number: int, tokens: int = 40) -> Any:
+        async def ask(priority: Any, number: int, tokens: int = 20) -> Any:
             try:
                 return await rig.text(f"{priority} {number}", priority=priority, max_tokens=tokens)
             except MeshError as error:
@@ -66,7 +68,7 @@ async def test_batch_is_shed_first_and_critical_goes_on() -> None:
         batch = [asyncio.create_task(ask("batch", number)) for number in range(2, 20)]
         await until(lambda: sum(task.done() for task in batch) == 15)  # 3 wait: the others are refused at once
         urgent = await asyncio.gather(*(ask("critical", number) for number in range(12)))
-        assert all(isinstance(answer, str) and len(answer) == 40 for answer in urgent)
+        assert all(isinstance(answer, str) and len(answer) == 20 for answer in urgent)
         for task in endless:
             task.cancel()
         await asyncio.gather(*endless, return_exceptions=True)
@@ -80,7 +82,9 @@ async def test_batch_is_shed_first_and_critical_goes_on() -> None:
 
 
 async def test_a_request_that_waited_says_so_in_its_trace() -> None:
-    async with running(ONE, step=0.01, extra=holder() + PLACES) as rig:
+    port = free_port()
+    admin = f'admin_listen = "127.0.0.1:{port}"\n'
+    async with running(ONE, step=0.02, extra=admin + holder() + PLACES) as rig:
         await enter(rig)
         starts: list[Start] = []
 
@@ -88,9 +92,14 @@ async def test_a_request_that_waited_says_so_in_its_trace() -> None:
             stream = rig.stream(f"n {number}", max_tokens=tokens, cache="bypass")
             starts.extend([e async for e in stream if isinstance(e, Start)])
 
-        first = [asyncio.create_task(ask(number, 400)) for number in range(3)]
+        first = [asyncio.create_task(ask(number, LONG)) for number in range(3)]
         await until(lambda: _running(rig, 3))  # 3 of 4 places are for requests that are not critical
-        await asyncio.gather(*first, *(ask(number) for number in range(3, 9)))
+        others = asyncio.gather(*(ask(number) for number in range(3, 9)))
+        await until(lambda: _queued(port, 6))
+        for task in first:
+            task.cancel()
+        await asyncio.gather(*first, return_exceptions=True)
+        await others
 
         def waits() -> list[Any]:
             spans = [span for start in starts for span in read_trace(rig.folder.spans, start.trace_id)]
@@ -101,13 +110,22 @@ async def test_a_request_that_waited_says_so_in_its_trace() -> None:
         await until(rig.idle)
 
 
+async def _queued(port: int, count: int) -> bool:
+    """Whether so many requests wait in the router whose metrics are told there."""
+    with await asyncio.to_thread(urllib.request.urlopen, f"http://127.0.0.1:{port}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    return [float(line.split()[-1]) for line in lines if line.startswith("meshlm_overload_queued")] == [count]
+
+
 async def _running(rig: Rig, count: int) -> bool:
     return (await rig.load()).running == count
 
 
 async def test_prompts_with_one_beginning_go_where_it_is_cached() -> None:
-    # Eight steps of prefill, against the one that a sequence in the other's hands would be worth.
-    async with running(TWO, step=0.02, extra=holder()) as rig:
+    # Eight steps of prefill, against the one that a sequence in the other's hands would be worth. Neither worker is new
+    # for longer than the other.
+    alike = "[router.replicas]\nslow_start_seconds = 0.0\n"
+    async with running(TWO, step=0.02, extra=alike + holder()) as rig:
         await enter(rig)
 
         async def known() -> bool:

@@ -74,7 +74,7 @@ async def test_a_broken_stream_of_a_route_goes_on_with_the_model_that_began_it()
     async with running(WORKERS, extra=ROUTES) as rig:
         whole = await rig.text("hello", model="first", cache="bypass", max_tokens=200)
         text, models, killed = "", [], False
-        async for event in rig.stream("hello", model="safe", cache="bypass", max_tokens=200, resumes=100):
+        async for event in rig.stream("hello", model="safe", cache="bypass", max_tokens=200, resumes=1000):
             if isinstance(event, Start):
                 models.append(event.routing.model)
             if isinstance(event, Text):

@@ -99,7 +99,7 @@ class Ends:
                 if number == most:
                     return
 
-    def work(self, *, seconds: float = 20.0, **fields: Any) -> Work:
+    def work(self, *, seconds: float = 120.0, **fields: Any) -> Work:
         self.told, self.text = 0, self.text or f"n {next(self._numbers)}"
         request = inference_pb2.StreamGenerateRequest(generation=self.mesh.generation(self.text, **fields))
         number = next(self._numbers)

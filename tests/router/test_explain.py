@@ -31,7 +31,7 @@ def router_config() -> dict[str, Any]:
 
 async def explain(mesh: Mesh, text: str = "hi", **fields: Any) -> inference_pb2.ExplainRouteResponse:
     request = inference_pb2.ExplainRouteRequest(generation=mesh.generation(text, **fields))
-    told: inference_pb2.ExplainRouteResponse = await mesh.stub.ExplainRoute(request, metadata=mesh.metadata, timeout=20)
+    told: inference_pb2.ExplainRouteResponse = await mesh.stub.ExplainRoute(request, metadata=mesh.metadata, timeout=60)
     return told
 
 

@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 import os
 import signal
-import socket
 import time
 import urllib.request
 from collections.abc import AsyncIterator
@@ -21,7 +20,8 @@ from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.spans import read_trace
 from meshlm.mesh.client import AsyncMesh, End, Start, Text
 from meshlm.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
-from tests.mesh.test_flows import Rig, running, until
+from tests.mesh.test_flows import DEADLINE, Rig, running, until
+from tests.ports import free_port
 
 pytestmark = pytest.mark.mesh
 
@@ -37,7 +37,7 @@ async def limited(limits: str, *, step: float = 0.001, before: str = "", **more:
     digest = hashlib.sha256(SECRET.encode()).hexdigest()
     keys = f'[[router.keys]]\nid = "k"\ntenant = "t"\nsecret_hash = "{digest}"\n{limits}\n'
     async with running(extra=before + PRICES + keys, step=step, **more) as rig:
-        rig.client = AsyncMesh(rig.mesh.target, key=SECRET, deadline=60)
+        rig.client = AsyncMesh(rig.mesh.target, key=SECRET, deadline=DEADLINE)
 
         async def ready() -> bool:
             return any(m.ready_replicas for m in await rig.client.list_models())
@@ -72,11 +72,6 @@ def told(events: list[Any]) -> int:
     return int(usage.prompt_tokens + usage.completion_tokens)
 
 
-async def idle(rig: Rig) -> bool:
-    load = await rig.load()
-    return load.running == load.waiting == 0 and load.free_blocks == load.total_blocks
-
-
 @pytest.mark.parametrize("limit", ["micros_per_day", "tokens_per_minute", "completion_tokens_per_minute"])
 async def test_a_limit_of_1000_tokens_lets_no_more_than_1016_through(limit: str) -> None:
     async with limited(f"{limit} = {LIMIT}") as rig:
@@ -92,7 +87,7 @@ async def test_a_limit_of_1000_tokens_lets_no_more_than_1016_through(limit: str)
         assert sent == end.usage.completion_tokens == int(error.metadata["completion_tokens"])
         through = sent if limit == "completion_tokens_per_minute" else told(events)
         assert LIMIT / 2 < through <= LIMIT + 16 + refill  # it ends before the message that would pass the limit
-        await until(lambda: idle(rig))
+        await until(rig.idle)
 
         async def cancelled() -> bool:
             return (await rig.load()).counters.cancelled == 1
@@ -212,9 +207,7 @@ async def read_on(stream: Any) -> None:
 
 
 async def test_without_a_ledger_the_share_is_in_force_and_trace_metric_and_log_say_so() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     before = f'admin_listen = "127.0.0.1:{port}"\n[state]\nredis_url = "unix:///nowhere"\n'
     async with limited("tokens_per_minute = 10_000\nrequests_per_minute = 20", before=before) as rig:
         events = [event async for event in rig.stream("hello", max_tokens=5)]

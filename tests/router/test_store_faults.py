@@ -175,8 +175,10 @@ async def test_of_many_at_once_one_asks_a_store_that_hung_and_the_others_go_on(c
         clock.now += 1.5  # its pause is over
         before = wire.opened
         await asyncio.gather(*(book.reserve(1) for _ in range(20)))
+        await until(lambda before=before: wire.opened > before)
         assert wire.opened == before + 1
         await asyncio.gather(*(standings.look(CALLER, f"r{n}", "{t}:none") for n in range(20)))
+        await until(lambda before=before: wire.opened > before + 1)
         assert wire.opened == before + 2
     wire.hung = False
 

@@ -143,7 +143,7 @@ async def test_a_hanging_engine_is_killed_and_replaced() -> None:
 async def test_a_front_that_was_kept_waiting_does_not_take_its_engine_for_a_hanging_one() -> None:
     async with running(hang_seconds=2.0, step_seconds=0.05) as client:
         task = asyncio.create_task(collect(client.submit(request("it", max_tokens=60))))
-        await until(lambda: client.load is not None and client.load.running == 1)
+        await until(lambda: client.load is not None and client.load.steps_total > 0)
         time.sleep(2.5)  # noqa: ASYNC251 - longer than a hang may take, and nothing is heard meanwhile
         tokens, _ = await task
         assert tokens == expected_tokens(list(b"hello"), GREEDY, 60)
@@ -156,10 +156,9 @@ async def test_an_idle_engine_is_not_taken_for_a_hanging_one() -> None:
         began = time.monotonic()
         async for _ in client.watch():  # heartbeats for longer than a hang may take
             reports.append(client.starts)
-            if time.monotonic() - began > 3.0:
+            if time.monotonic() - began > 3.0 and len(reports) >= 3:
                 break
         assert set(reports) == {1}
-        assert len(reports) >= 3
 
 
 async def test_a_folder_that_cannot_be_made_puts_the_next_engine_off_and_no_more(
@@ -210,7 +209,7 @@ async def test_two_hundred_cancelled_streams_leave_no_block_in_use() -> None:
     async with running(step_seconds=0.002, total_blocks=512) as client:
 
         async def leave_after_first_batch(i: int) -> None:
-            with client.submit(request(f"r{i}", b"prompt %d" % i, max_tokens=1000)) as stream:
+            with client.submit(request(f"r{i}", b"prompt %d" % i, max_tokens=2000)) as stream:
                 async for _ in stream:
                     return
 
@@ -224,7 +223,7 @@ async def test_two_hundred_cancelled_streams_leave_no_block_in_use() -> None:
 
 async def test_watchers_see_load_and_no_more_than_twenty_changes_a_second() -> None:
     async with running(step_seconds=0.001) as client:
-        task = asyncio.create_task(collect(client.submit(request("it", max_tokens=1000))))
+        task = asyncio.create_task(collect(client.submit(request("it", max_tokens=2000))))
         seen = 0
         began = time.monotonic()
         async for _ in client.watch():
@@ -277,12 +276,12 @@ def test_the_engine_does_not_outlive_its_parent(number: signal.Signals) -> None:
 
 async def test_an_interrupt_meant_for_the_group_does_not_end_the_engine() -> None:
     async with running(step_seconds=0.005) as client:
-        task = asyncio.create_task(collect(client.submit(request("it", max_tokens=30))))
-        await until(lambda: client.load is not None and client.load.running == 1)
+        task = asyncio.create_task(collect(client.submit(request("it", max_tokens=200))))
+        await until(lambda: client.load is not None and client.load.steps_total > 0)
         os.kill(client.pid, signal.SIGINT)
         os.kill(client.pid, signal.SIGTERM)
         tokens, _ = await task
-        assert len(tokens) == 30
+        assert len(tokens) == 200
         assert client.starts == 1
 
 

@@ -33,6 +33,14 @@ async def collect(call: Any) -> list[worker_pb2.RunGenerationResponse]:
     return [response async for response in call]
 
 
+async def rest(call: Any) -> list[worker_pb2.RunGenerationResponse]:
+    """What comes on a call of which something was read."""
+    responses = []
+    while (response := await call.read()) is not grpc.aio.EOF:
+        responses.append(response)
+    return responses
+
+
 def answer(responses: list[worker_pb2.RunGenerationResponse]) -> list[int]:
     return [token for response in responses for token in response.chunk.token_ids]
 
@@ -45,9 +53,11 @@ async def test_sigterm_lets_streams_end_refuses_new_calls_and_exits_with_zero() 
     async with running(fake__step_seconds=0.02) as worker:
         endless = worker.call("endless", max_tokens=2000)  # holds the worker until all was seen
         await endless.read()
-        streams = [asyncio.create_task(collect(worker.call(f"p{i}", max_tokens=60))) for i in range(4)]
+        streams = [worker.call(f"p{i}", max_tokens=60) for i in range(4)]
+        for stream in streams:
+            await stream.read()  # it is accepted
         watch = worker.stub.WatchLoad(worker_pb2.WatchLoadRequest())
-        await worker.until(lambda state: state.running == 5)
+        await watch.read()
         worker.process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(60):
             while not (await watch.read()).draining:
@@ -55,7 +65,7 @@ async def test_sigterm_lets_streams_end_refuses_new_calls_and_exits_with_zero() 
         refused = await error_of(collect(worker.call()))
         assert refused.reason is Reason.DRAINING
         for i, stream in enumerate(streams):
-            assert answer(await stream) == expected(f"p{i}", 60)
+            assert answer(await rest(stream)) == expected(f"p{i}", 60)
         assert worker.process.poll() is None
         endless.cancel()
         assert await asyncio.to_thread(worker.process.wait, 60) == 0
@@ -96,7 +106,7 @@ async def test_two_hundred_cancelled_calls_leave_no_block_in_use() -> None:
     async with running(fake__step_seconds=0.002) as worker:
 
         async def leave(i: int) -> None:
-            call = worker.call(f"prompt {i}", max_tokens=1000)
+            call = worker.call(f"prompt {i}", max_tokens=2000)
             await call.read()
             await call.read()
             call.cancel()
@@ -141,10 +151,7 @@ async def test_a_slow_reader_holds_up_nobody_and_gets_every_token() -> None:
         await slow.read()
         assert answer(await collect(worker.call("quick", max_tokens=50))) == expected("quick", 50)
         await worker.until(lambda state: state.running == 0)  # the whole answer is made, and waits for its reader
-        late = []
-        while (response := await slow.read()) is not grpc.aio.EOF:
-            late.append(response)
-        assert answer(late) == expected("slow", 1500)
+        assert answer(await rest(slow)) == expected("slow", 1500)
 
 
 async def test_what_cannot_work_is_refused_with_the_field_named() -> None:

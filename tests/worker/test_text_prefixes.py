@@ -97,7 +97,7 @@ async def test_a_worker_tells_the_text_that_it_has_cached() -> None:
             generation=pb.Generation(input=pb.Input(prompt=text), sampling=pb.Sampling(max_tokens=2)),
             cache_salt=SALT,
         )
-        async for _ in worker.stub.RunGeneration(request, timeout=30):
+        async for _ in worker.stub.RunGeneration(request, timeout=120):
             pass
         await worker.until(lambda state: found(state.text_digest, text) == len(text) // 128)
         state = await worker.state()

@@ -55,7 +55,7 @@ class Worker:
         watch.cancel()
         return state
 
-    async def until(self, condition: Callable[[worker_pb2.WatchLoadResponse], bool], seconds: float = 60.0) -> None:
+    async def until(self, condition: Callable[[worker_pb2.WatchLoadResponse], bool], seconds: float = 120.0) -> None:
         async with asyncio.timeout(seconds):
             while not condition(await self.state()):
                 await asyncio.sleep(0.02)

@@ -95,7 +95,7 @@ async def cancelled(mesh: Any, **sampling: Any) -> list[Any]:
 
 
 async def too_late(mesh: Any, **sampling: Any) -> Any:
-    return await ended(mesh.stream(timeout=2, sampling=sampling))
+    return await ended(mesh.stream(timeout=4, sampling=sampling))
 
 
 async def lost(mesh: Any, **sampling: Any) -> Any:

@@ -114,7 +114,7 @@ async def test_it_is_asked_again_and_told_what_was_settled_meanwhile(tmp_path: P
 async def test_operations_whose_answers_were_lost_are_charged_once_when_the_ledger_wakes(tmp_path: Path) -> None:
     """Stopped, not dead: what was sent to it is still run, after its sender has given it up."""
     with run_valkey(tmp_path) as (url, process):
-        client = connect(StateConfig(url, timeout_seconds=0.5))
+        client = connect(StateConfig(url, timeout_seconds=1.5))
         book = Book(client, key(micros_per_day=100_000))
         known = await book.reserve(100, 1000)
         process.send_signal(signal.SIGSTOP)

@@ -22,12 +22,12 @@ Ask = Callable[[Mesh], Awaitable[Any]]
 
 async def count(mesh: Mesh) -> Any:
     request = inference_pb2.CountTokensRequest(input=pb.Input(prompt="hi"))
-    return await mesh.stub.CountTokens(request, metadata=mesh.metadata, timeout=20)
+    return await mesh.stub.CountTokens(request, metadata=mesh.metadata, timeout=60)
 
 
 async def explain(mesh: Mesh) -> Any:
     request = inference_pb2.ExplainRouteRequest(generation=mesh.generation())
-    return await mesh.stub.ExplainRoute(request, metadata=mesh.metadata, timeout=20)
+    return await mesh.stub.ExplainRoute(request, metadata=mesh.metadata, timeout=60)
 
 
 async def refused(asking: Awaitable[Any]) -> MeshError:
@@ -65,13 +65,13 @@ class TestOfAKey:
     async def test_a_question_that_makes_no_sense_is_not_counted(self, mesh: Mesh) -> None:
         for _ in range(5):
             request = inference_pb2.CountTokensRequest()
-            error = await refused(mesh.stub.CountTokens(request, metadata=mesh.metadata, timeout=20))
+            error = await refused(mesh.stub.CountTokens(request, metadata=mesh.metadata, timeout=60))
             assert error.reason == Reason.REQUEST_INVALID
         await count(mesh)
 
     async def test_the_list_of_models_is_free(self, mesh: Mesh) -> None:
         for _ in range(20):
-            listed = await mesh.stub.ListModels(inference_pb2.ListModelsRequest(), metadata=mesh.metadata, timeout=20)
+            listed = await mesh.stub.ListModels(inference_pb2.ListModelsRequest(), metadata=mesh.metadata, timeout=60)
             assert listed.models
 
     async def test_questions_side_by_side_get_no_more(self, mesh: Mesh) -> None:

@@ -207,7 +207,7 @@ class TestStreams:
         await book.ledger.stop()
 
     async def test_the_places_of_a_dead_router_are_free_when_their_leases_end_and_no_others(self, state: Redis) -> None:
-        alive, dead = (Book(state, key(concurrent_streams=2), lease_seconds=3.0) for _ in range(2))
+        alive, dead = (Book(state, key(concurrent_streams=2), lease_seconds=6.0) for _ in range(2))
         await alive.reserve(1, name="alive")
         await dead.reserve(1, name="dead")
         await dead.ledger.stop()  # as a process that was killed: nothing renews its lease

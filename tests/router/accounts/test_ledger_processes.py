@@ -79,7 +79,7 @@ async def test_eight_processes_and_killed_ones_never_spend_more_than_the_rate_an
 
 async def test_a_reservation_of_a_dead_process_is_forgotten_in_time(state: Redis) -> None:
     book = Book(state, key(tokens_per_minute=1000, concurrent_streams=1), reservation_seconds=1.0, lease_seconds=1.0)
-    await book.reserve(100, name="dead")
+    await book.reserve(800, name="dead")
     await book.ledger.stop()
 
     async def forgotten() -> bool:

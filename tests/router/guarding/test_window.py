@@ -81,7 +81,7 @@ class Call:
 class Ward:
     """What a window knows of the guard."""
 
-    def __init__(self, answers: Any, *, allow: bool = False, seconds: float = 20.0, hold_tokens: int = 128) -> None:
+    def __init__(self, answers: Any, *, allow: bool = False, seconds: float = 60.0, hold_tokens: int = 128) -> None:
         self.stub = self
         self.seconds, self.hold_tokens = seconds, hold_tokens
         self._answers, self._allow = answers, allow
@@ -352,9 +352,10 @@ async def test_a_guard_is_not_late_while_it_owes_nothing() -> None:
     async def slow() -> AsyncIterator[Any]:
         async for message in worker(["one ", "two ", "three"]):
             yield message
-            await asyncio.sleep(0.45)
+            if message.chunk.text == "one ":
+                await asyncio.sleep(1.6)
 
-    ward = guarded("strict", WordJudge(), seconds=0.4)  # all of this is one window
+    ward = guarded("strict", WordJudge(), seconds=1.5)  # all of this is one window
     assert (await seen(ward, slow())).text == "one two three"
     assert ward.errors == []
 

@@ -66,7 +66,7 @@ async def test_with_the_region_down_the_request_is_refused_and_the_other_sees_no
     assert error.retry_after is not None
     count = inference_pb2.CountTokensRequest(input=mesh.generation().input)
     with pytest.raises(grpc.RpcError) as caught:
-        await mesh.stub.CountTokens(count, metadata=mesh.metadata, timeout=20)
+        await mesh.stub.CountTokens(count, metadata=mesh.metadata, timeout=60)
     assert from_rpc_error(caught.value).reason == Reason.NO_REPLICA_IN_REGION
     assert [worker.requests for worker in mesh.workers] == [[], []]
 

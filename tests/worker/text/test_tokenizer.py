@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import unicodedata
@@ -20,6 +19,7 @@ import pytest
 from meshlm.worker.loading.errors import ModelFileError
 from meshlm.worker.text.tokenizer import Tokenizer
 from meshlm.worker.text.vocabulary import byte_alphabet, byte_level_tokenizer, scored_tokenizer
+from tests.ports import free_port
 
 AWKWARD = [
     "Hello world",
@@ -76,12 +76,9 @@ def llama_cpp(smollm2_path: Path) -> Callable[[str, bool], list[int]]:
 def llama_cpp_ids(path: Path) -> Callable[[str, bool], list[int]]:
     """llama.cpp's tokenize endpoint: (text, parse control tokens) to ids."""
     xllamacpp = pytest.importorskip("xllamacpp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.port, params.verbosity, params.warmup = 128, 1, port, 0, False
+    params.n_ctx, params.n_parallel, params.port, params.verbosity, params.warmup = 128, 1, free_port(), 0, False
     params.hostnames = ["127.0.0.1"]
     server = xllamacpp.Server(params)
 
@@ -90,7 +87,7 @@ def llama_cpp_ids(path: Path) -> Callable[[str, bool], list[int]]:
         request = urllib.request.Request(
             server.listening_address + "/tokenize", body, {"content-type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             found: list[int] = json.load(answer)["tokens"]
         return found
 

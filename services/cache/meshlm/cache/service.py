@@ -22,8 +22,10 @@ from meshlm.chassis.life import Life
 from meshlm.chassis.telemetry import Name
 from meshlm.v1 import cache_pb2, cache_pb2_grpc
 
-# Left of the caller's deadline when a wait gives up, seconds: an answer that says TIMEOUT must still arrive.
-_MARGIN = 0.05
+# Left of the caller's deadline when a wait gives up, as a share and seconds: an answer that says TIMEOUT must arrive.
+_MARGIN_SHARE = 0.05
+_LEAST_MARGIN = 0.05
+_MOST_MARGIN = 0.5
 
 _WIRE = {
     Outcome.HIT: cache_pb2.LOOK_UP_OUTCOME_HIT,
@@ -131,7 +133,10 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         if math.isnan(asked) or asked < 0:
             raise invalid("wait_seconds", "must not be negative")
         wait = min(asked, self._config.max_wait_seconds)
-        return wait if left is None else max(0.0, min(wait, left - _MARGIN))
+        if left is None:
+            return wait
+        margin = min(max(_LEAST_MARGIN, _MARGIN_SHARE * left), _MOST_MARGIN)
+        return max(0.0, min(wait, left - margin))
 
     def _watch(self, context: grpc.aio.ServicerContext, key: Key, flight: str) -> None:
         """A lead that was won, but whose caller left before it arrived, is given back."""
