@@ -60,7 +60,8 @@ class Returns:
             return
         if not all(choice.known for choice in work.progress) or not any(choice.made for choice in work.progress):
             return
-        assert work.choice is not None  # noqa: S101  tokens were made
+        if work.choice is None:
+            return  # nobody was found to go on with what it resumes: that is kept still, under its own id
         sent = [max(choice.paid_to, work.ends.get(index, 0)) for index, choice in enumerate(work.progress)]
         tokens = [list(choice.made) for choice in work.progress]
         sampling = base64.b64encode(work.generation.sampling.SerializeToString()).decode()
