@@ -325,7 +325,7 @@ class Mesh:
         cache_pb2_grpc.add_CacheServiceServicer_to_server(self.cache, self._server(f"unix:{folder}/c"))
         peers = {"workers": tuple(targets), "guard": f"unix:{folder}/g", "cache": f"unix:{folder}/c"}
         usual = {"aliases": {"alias": "m"}, "guard_seconds": 60.0, "cache_seconds": 60.0}
-        self.config = RouterConfig(**peers, keys=(holder,), **{**usual, **config})
+        self.config = RouterConfig(keys=(holder,), **{**peers, **usual, **config})
         self.fleet = Fleet(targets, ReplicaConfig(eject_slowness=0.0))  # how quick they are is the machine's matter
         self.guards, self.answers = Guards(self.config), Answers(self.config)
         self.guards._redacting[""] = False  # as after a first request: from then on the guard runs beside

@@ -19,6 +19,7 @@ from meshlm.chassis.errors import MeshError, Reason, from_rpc_error, invalid
 from meshlm.router.config import KeyConfig, TenantConfig
 from meshlm.router.replicas.config import ReplicaConfig
 from meshlm.router.replicas.fleet import Fleet
+from meshlm.router.replicas.overload_config import OverloadConfig
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
@@ -248,6 +249,20 @@ async def test_a_refusing_replica_passes_the_request_to_the_next(mesh: Any) -> N
         worker.refusal = MeshError(Reason.OVERLOADED, "full", retry_after=2)
     error = await failure(mesh.stream("again"))
     assert (error.reason, error.retry_after) == (Reason.OVERLOADED, 2)
+
+
+@pytest.mark.parametrize("router_config", [{"guard": "", "cache": "", "overload": OverloadConfig(queue_seconds=0.05)}])
+async def test_a_request_that_waits_in_vain_is_recorded_with_the_model_it_waited_for(mesh: Any) -> None:
+    for worker in mesh.workers:
+        worker.load.waiting_limit = worker.load.waiting = 1
+        worker.changed.set()
+    async with asyncio.timeout(60):
+        while any(replica.has_room(1.0) for replica in mesh.fleet.replicas):
+            await asyncio.sleep(0.005)
+    with capture_logs() as lines:
+        error = await failure(mesh.stream())
+    assert (error.reason, error.metadata["cause"]) == (Reason.OVERLOADED, "waited")
+    assert [line["model"] for line in lines if line["event"] == "request"] == ["m"]
 
 
 async def test_a_request_at_fault_is_not_tried_elsewhere(mesh: Any) -> None:

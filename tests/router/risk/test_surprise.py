@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.router.risk.config import EntropyConfig, RampConfig, RiskConfig
-from meshlm.router.risk.ngrams import ByteModel, load
+from meshlm.router.risk.ngrams import BACKOFF_FROM, ENTROPY_NATS, NATS, ORDER, ByteModel, load, places
 from meshlm.router.risk.surprise import WINDOW, Estimator, Surprise, ends_of, peak, risk_of
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
@@ -112,6 +112,14 @@ class TestEstimate:
             total = sum(math.exp(-model.read(context + bytes([byte]))[0][-1]) for byte in range(256))
             assert total == pytest.approx(1.0, abs=0.1)
 
+    @given(st.one_of(st.binary(max_size=60), st.text("the aion", max_size=60).map(str.encode)))
+    def test_it_is_the_back_off_of_its_tables(self, data: bytes) -> None:
+        """Gram by gram, as ARPA files are read, whatever is kept ready."""
+        surprisal, entropy = _SHARED._model.read(data)
+        expected = [_backed_off(data, place) for place in range(len(data))]
+        assert surprisal.tolist() == pytest.approx([nats for nats, _ in expected], abs=1e-5)
+        assert entropy.tolist() == pytest.approx([nats for _, nats in expected], abs=1e-5)
+
     def test_its_version_is_of_its_contents(self) -> None:
         table = load()
         assert table.version.startswith("ngram-1-")
@@ -121,6 +129,31 @@ class TestEstimate:
 
 
 _SHARED = Estimator()
+_TABLE = load()
+
+
+def _backed_off(data: bytes, place: int) -> tuple[float, float]:
+    """Surprisal and entropy of one byte: those of the longest gram and context that are known, with the back-offs of
+    the contexts on the way there."""
+    unigram = np.exp(-NATS * _TABLE.unigram.astype(np.float64))
+    unigram /= unigram.sum()
+    surprisal, entropy = NATS * float(_TABLE.unigram[data[place]]), float(-(unigram * np.log(unigram)).sum())
+    for length in range(2, min(ORDER, place + 1) + 1):
+        gram = data[place - length + 1 : place + 1]
+        slot, mark = _place(gram[:-1], len(_TABLE.contexts))
+        if _TABLE.contexts[slot] != mark:
+            continue
+        entropy = ENTROPY_NATS * float(_TABLE.entropies[slot])
+        surprisal += BACKOFF_FROM + NATS * float(_TABLE.backoffs[slot])
+        slot, mark = _place(gram, len(_TABLE.grams))
+        if _TABLE.grams[slot] == mark:
+            surprisal = NATS * float(_TABLE.nats[slot])
+    return surprisal, entropy
+
+
+def _place(gram: bytes, slots: int) -> tuple[int, int]:
+    [slot], [mark] = places(np.array([int.from_bytes(gram, "big")], np.uint64), len(gram), slots)
+    return int(slot), int(mark)
 
 
 class TestRamp:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import redis
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from meshlm.chassis.config import StateConfig
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
+from meshlm.chassis.state import connect
 from meshlm.router.config import KeyConfig
 from meshlm.router.risk.breaker import State
 from meshlm.router.risk.config import BreakerConfig, RiskConfig
 from meshlm.router.risk.risk import guard_risk, is_attack, weight_of
 from meshlm.router.risk.standing import Caller, Standings
+from meshlm.router.risk.surprise import Estimator, Surprise
+from meshlm.router.risk.vigilance import Vigilance
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
+from meshlm.v1 import inference_pb2
 from tests.router.conftest import SECRET, run_valkey
 from tests.router.test_pipeline import collect, failure, tokens_charged, until
 
@@ -275,3 +282,39 @@ class TestStandings:
             caller = Caller("t", f"k{number}", "m")
             await standings.note(caller, "r", risk=0.5, flagged=True)
         assert len(standings._own._risks) == len(standings._own._breakers) == 10
+
+
+class Patient(Estimator):
+    """Reads a prompt only once the store was asked; the loop stands still meanwhile."""
+
+    def __init__(self, store: redis.Redis) -> None:
+        super().__init__()
+        self._store = store
+        self._before = self._asked()
+
+    def _asked(self) -> int:
+        told: Any = self._store.info("commandstats")
+        return int(told.get("cmdstat_evalsha", {}).get("calls", 0))
+
+    def surprise(self, text: str, tokens: int) -> Surprise | None:
+        until = time.monotonic() + 60
+        while self._asked() == self._before:
+            assert time.monotonic() < until, "the prompt is read before the store is asked"
+            time.sleep(0.01)
+        return super().surprise(text, tokens)
+
+
+async def test_the_store_is_asked_before_the_prompt_is_read(mesh: Any, state: Redis, valkey: str) -> None:
+    """It answers beside that, in no time of the request's own."""
+    shared = connect(StateConfig(redis_url=valkey, timeout_seconds=60))
+    vigilance = Vigilance(mesh.config, shared, mesh.fleet)
+    with redis.Redis.from_url(valkey) as store:
+        for make in (Estimator, lambda: Patient(store)):  # the first has the store know its script
+            vigilance._estimator = make()
+            request = inference_pb2.StreamGenerateRequest(generation=mesh.generation("hello, who is there?"))
+            work = Work.begin(request, limited(), ("r", "0" * 32), 60, mesh.config)
+            await vigilance.look(work)
+            assert work.assessment is not None
+            assert work.assessment.standing.shared
+    await vigilance.stop()
+    await shared.aclose()

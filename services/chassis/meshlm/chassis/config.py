@@ -219,7 +219,8 @@ class TelemetryConfig:
     span_store: str = ""
     # Traces kept in it.
     span_store_traces: int = 1000
-    # Share of traces recorded where the caller did not decide. Range [0, 1].
+    # Share of traces recorded where the caller did not decide; none where they are neither exported nor kept.
+    # Range [0, 1].
     sample_ratio: float = 1.0
     # Least level written.
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -23,6 +23,8 @@ MAX_LABELS = 16
 KV_TOKENS = (64, 1 << 20)  # fewest and most that a KV budget may name
 KV_SINKS = 16  # where a window names none
 _TOKEN_LIMIT = 2**31
+_NUMBERS = {"priority": frozenset(pb.Priority.values()), "cache_policy": frozenset(pb.CachePolicy.values())}
+_MODES = frozenset(pb.KvPolicy.Mode.values())
 _SPEAKER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # field, least, most, whether the least itself is allowed
@@ -41,8 +43,8 @@ def check_generation(generation: pb.Generation) -> None:
     check_input(generation.input)
     check_sampling(generation.sampling)
     check_kv_policy(generation.kv_policy)
-    for name, kind in (("priority", pb.Priority), ("cache_policy", pb.CachePolicy)):
-        if getattr(generation, name) not in kind.values():  # proto3 lets any number through
+    for name, numbers in _NUMBERS.items():
+        if getattr(generation, name) not in numbers:  # proto3 lets any number through
             raise invalid(f"generation.{name}", "not one of its values")
     for name in ("session", "cache_key"):
         if len(getattr(generation, name).encode()) > 128:
@@ -120,7 +122,7 @@ def _check_stops(sampling: pb.Sampling, path: str) -> None:
 
 def check_kv_policy(policy: pb.KvPolicy, path: str = "generation.kv_policy") -> None:
     mode, (least, most) = policy.mode, KV_TOKENS
-    if mode not in pb.KvPolicy.Mode.values():
+    if mode not in _MODES:
         raise invalid(f"{path}.mode", "not one of its values")
     if not keeps_part(policy):
         if policy.tokens:

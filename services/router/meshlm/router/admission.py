@@ -8,6 +8,8 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
+from opentelemetry.trace import Span
+
 from meshlm.chassis.errors import MeshError
 from meshlm.chassis.telemetry import Name, span
 from meshlm.router.accounts.ledger import Ledger
@@ -15,10 +17,12 @@ from meshlm.router.accounts.limits import LimitBook
 from meshlm.router.accounts.reservation import Reservation
 from meshlm.router.answers import Answers, Lookup
 from meshlm.router.config import RouterConfig
+from meshlm.router.measure import texture
 from meshlm.router.replicas.residency import Residency
 from meshlm.router.routing.routes import Routes
 from meshlm.router.settling import Settling
 from meshlm.router.work import Work
+from meshlm.v1 import generation_pb2 as pb
 
 
 class Admission:
@@ -78,8 +82,6 @@ class Admission:
         assert work.terms is not None  # noqa: S101
         attributes = {
             Name.PROMPT_BYTES: work.measure.size,
-            Name.PROMPT_ENTROPY: work.measure.entropy,
-            Name.PROMPT_COMPRESSION: work.measure.compression,
             Name.LEDGER_WEIGHT: work.terms.weight,
         }
         prompt = 0 if work.prompt_paid else work.measure.tokens
@@ -93,6 +95,8 @@ class Admission:
                 work.reservation = await asking  # asks nobody
             assert work.reservation is not None  # noqa: S101
             current.set_attribute(Name.LEDGER_MODE, work.reservation.mode)
+            if current.is_recording():
+                _describe(current, work.generation.input)
             if not work.reservation.endless:
                 current.set_attribute(Name.TOKENS_RESERVED, prompt + work.reservation.granted)
         work.timing.admit = work.elapsed()
@@ -106,3 +110,8 @@ class Admission:
             with contextlib.suppress(MeshError):
                 work.reservation = await reserving
             raise
+
+
+def _describe(current: Span, source: pb.Input) -> None:
+    looks = texture(source)
+    current.set_attributes({Name.PROMPT_ENTROPY: looks.entropy, Name.PROMPT_COMPRESSION: looks.compression})

@@ -47,6 +47,10 @@ class Answers:
         if self._channel is not None:
             await self._channel.close()
 
+    def asks(self, generation: pb.Generation) -> bool:
+        """Whether an answer to it may be there."""
+        return self._stub is not None and _eligible(generation)
+
     async def look_up(
         self,
         request_id: str,
@@ -59,7 +63,7 @@ class Answers:
         refresh: bool = False,
     ) -> Lookup:
         """Find an answer, wait for one in flight (within `seconds_left`), or take the lead."""
-        if self._stub is None or not _eligible(generation):
+        if not self.asks(generation):
             return Lookup()
         request = cache_pb2.LookUpRequest(
             request_id=request_id,

@@ -65,6 +65,8 @@ def exclusion_of(exclusion: Exclusion) -> pb.Candidate:
 
 def annotate(span: Span, choice: Choice) -> None:
     """The choice, as attributes of the request's span."""
+    if not span.is_recording():
+        return
     shown, excluded = choice.candidates[:_MOST], choice.excluded[:_MOST]
     span.set_attributes(
         {

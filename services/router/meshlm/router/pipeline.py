@@ -100,7 +100,8 @@ class Pipeline:
             await self._vigilance.look(work)
             await self._admission.admit(work)
             self._vigilance.read(work)
-            await self._choose(work)
+            if self._guards.present or self._answers.asks(work.generation):
+                await self._choose(work)  # else nobody is asked before the worker, which is chosen then
             screening = self._begin_screening(work)
             try:
                 if self._guards.comes_first(work.key):
@@ -167,7 +168,8 @@ class Pipeline:
         if not self.residency.cache_allowed(work.regions):
             work.lookup.outcome = "region"
             return
-        assert work.choice is not None  # noqa: S101
+        if work.choice is None:
+            return  # nobody is asked
         begun = time.perf_counter()
         arguments = (work.request_id, work.key, work.generation, work.choice.revision, work.wording().name)
         work.lookup = await self._answers.look_up(*arguments, seconds_left=work.seconds_left())
@@ -245,6 +247,8 @@ class Pipeline:
 
     async def _begin(self, work: Work) -> LastingCall:
         call = await self._dispatcher.first(work)
+        if work.choice is not None:
+            annotate(trace.get_current_span(), work.choice)
         return LastingCall(work, call, self._dispatcher, self._config.streams, self._hedges)
 
     async def _open_budget(self, work: Work) -> Budget:

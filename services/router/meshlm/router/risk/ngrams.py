@@ -65,14 +65,25 @@ def load() -> Table:
         return Table(**{name: kept[name] for name in _ARRAYS}, card=card)
 
 
-def places(words: Words, length: int, slots: int) -> tuple[NDArray[np.intp], Words]:
+def places(words: Words, length: int, slots: int) -> tuple[NDArray[np.intp], NDArray[np.uint16]]:
     """For grams of `length` bytes, each packed into a word: their slots and their marks."""
+    hashed = _hashes(words, length)
+    return _slots(hashed, slots), _marks(hashed)
+
+
+def _hashes(words: Words, length: int) -> Words:
     hashed = (words + np.uint64(length << 40)) * _SPREAD
     hashed ^= hashed >> np.uint64(32)
     hashed *= _SPREAD
-    bits = np.uint64(slots.bit_length() - 1)
-    marks = np.maximum(hashed & np.uint64(0xFFFF), np.uint64(1))
-    return (hashed >> (np.uint64(64) - bits)).astype(np.intp), marks
+    return hashed
+
+
+def _slots(hashed: Words, slots: int) -> NDArray[np.intp]:
+    return (hashed >> np.uint64(64 - (slots.bit_length() - 1))).astype(np.intp)
+
+
+def _marks(hashed: Words) -> NDArray[np.uint16]:
+    return np.maximum(hashed.astype(np.uint16), np.uint16(1))
 
 
 class ByteModel:
@@ -89,29 +100,55 @@ class ByteModel:
         unigram = np.exp(-self._unigram.astype(np.float64))
         unigram /= unigram.sum()
         self._alone = np.float32(-(unigram * np.log(unigram)).sum())
+        self._read_pairs()
+
+    def _read_pairs(self) -> None:
+        """All that one and two bytes say, once: a prompt of some hundred bytes costs a router numpy's calls, and not
+        its bytes."""
+        letters = np.arange(256, dtype=np.uint64)
+        met, backoff, uncertain = self._context(_hashes(letters, 1))
+        self._after_one = np.where(met, uncertain, self._alone)  # [256]: entropy behind this byte
+        pairs = np.arange(1 << 16, dtype=np.uint64)
+        first, last = pairs >> np.uint64(8), pairs & np.uint64(0xFF)
+        hashed = _hashes(pairs, 2)
+        known, nats = self._gram(hashed)
+        # [65,536], by both bytes: of the second, its surprisal; of what follows both, what else there is to know.
+        weaker = self._unigram[last] + np.where(met, backoff, np.float32(0))[first]
+        self._pairs = np.where(known & met[first], nats, weaker)
+        self._pair_met, backoff, uncertain = self._context(hashed)
+        self._pair_backoff = np.where(self._pair_met, backoff, np.float32(0))
+        self._after_two = np.where(self._pair_met, uncertain, self._after_one[last])
 
     def read(self, data: bytes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Of each byte: its surprisal, and the entropy of what could have stood there; nats."""
         letters = np.frombuffer(data, np.uint8)
-        surprisal = self._unigram[letters]
+        surprisal = self._unigram.take(letters)
         entropy = np.full(len(letters), self._alone, np.float32)
+        if len(letters) < 2:
+            return surprisal, entropy
         wide = letters.astype(np.uint64)
-        context = wide
-        for length in range(2, min(ORDER, len(letters)) + 1):
-            context = context[:-1]  # the last one has no byte after it
+        pairs = (wide[:-1] << np.uint64(8)) | wide[1:]
+        surprisal[1:] = self._pairs.take(pairs)
+        entropy[1] = self._after_one[letters[0]]
+        context = pairs[:-1]  # the last one has no byte after it
+        entropy[2:] = self._after_two.take(context)
+        met, backoff = self._pair_met.take(context), self._pair_backoff.take(context)
+        for length in range(3, min(ORDER, len(letters)) + 1):
             grams = (context << np.uint64(8)) | wide[length - 1 :]
-            known, nats = self._gram(grams, length)
-            met, backoff, uncertain = self._context(context, length - 1)
-            shorter = surprisal[length - 1 :]
-            surprisal[length - 1 :] = np.where(known & met, nats, shorter + np.where(met, backoff, np.float32(0)))
-            entropy[length - 1 :] = np.where(met, uncertain, entropy[length - 1 :])
-            context = grams
+            hashed = _hashes(grams, length)
+            known, nats = self._gram(hashed)
+            surprisal[length - 1 :] = np.where(known & met, nats, surprisal[length - 1 :] + backoff)
+            if length < ORDER:
+                met, backoff, uncertain = self._context(hashed[:-1])
+                backoff = np.where(met, backoff, np.float32(0))
+                entropy[length:] = np.where(met, uncertain, entropy[length:])
+                context = grams[:-1]
         return surprisal, entropy
 
-    def _gram(self, words: Words, length: int) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        slots, marks = places(words, length, len(self._grams))
-        return self._grams[slots] == marks, self._nats[slots]
+    def _gram(self, hashed: Words) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+        slots = _slots(hashed, len(self._grams))
+        return self._grams.take(slots) == _marks(hashed), self._nats.take(slots)
 
-    def _context(self, words: Words, length: int) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
-        slots, marks = places(words, length, len(self._contexts))
-        return self._contexts[slots] == marks, self._backoffs[slots], self._entropies[slots]
+    def _context(self, hashed: Words) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+        slots = _slots(hashed, len(self._contexts))
+        return self._contexts.take(slots) == _marks(hashed), self._backoffs.take(slots), self._entropies.take(slots)

@@ -56,7 +56,9 @@ class Vigilance:
             place = self._scorer.place(work)
             looking = asyncio.ensure_future(self._standings.look(caller, identifier, place or caller.no_score))
             try:
-                await asyncio.sleep(0)  # it is asked now, and answers while the prompt is read here
+                # Asked in the one turn of the loop, sent in the other: it answers while the prompt is read here.
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
                 estimate = self._estimate(work)
                 standing = await asyncio.shield(looking)  # the store's client may swallow a cancel
             except BaseException:

@@ -130,10 +130,16 @@ class Dispatcher:
         """
         self.retries.note_request()
         wanted, urgency = work.wanted, urgency_of(work.generation.priority)
-        place = await self._overload.enter(
-            wanted, urgency, lambda: self._fleet.take(wanted, urgency.share), work.seconds_left()
-        )
-        work.choice, attempt = place  # anew: loads have moved while the cache was asked
+        try:
+            place = await self._overload.enter(
+                wanted, urgency, lambda: self._fleet.take(wanted, urgency.share), work.seconds_left()
+            )
+        except BaseException:
+            if work.choice is None:
+                with contextlib.suppress(MeshError):
+                    work.choice = self._fleet.choose(wanted)  # its record says which model it came to
+            raise
+        work.choice, attempt = place  # anew: loads have moved where the cache was asked
         try:
             if work.revision not in ("", work.choice.revision):
                 raise MeshError(Reason.NO_REPLICA, "no replica has the weights that this stream began with")
