@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
+from meshlm.chassis.config import ServerConfig
 from meshlm.chassis.errors import Reason
 from meshlm.router.replicas.choosing import Wanted
 from meshlm.router.replicas.config import ReplicaConfig
-from meshlm.router.replicas.ejections import Ballot, Ejections
+from meshlm.router.replicas.ejections import Ballot, Ejections, voter_of
 from meshlm.router.replicas.fleet import Fleet
 from tests.router.fleets import Clock, fleet
 from tests.router.test_pipeline import until
@@ -82,13 +83,22 @@ class Routers:
 
     def __init__(self, state: Redis, **config: Any) -> None:
         self.clock = Clock()
-        self.fleets = [fleet(self.clock, {}, {}, {}, {}, eject_seconds=60.0, **config) for _ in range(3)]
-        self.ejections = [
-            Ejections(state, made, ReplicaConfig(eject_seconds=60.0, slow_start_seconds=0.0, **config))
-            for made in self.fleets
-        ]
-        for ejections in self.ejections:
-            ejections.start()
+        self.fleets: list[Fleet] = []
+        self.ejections: list[Ejections] = []
+        self._state = state
+        self._config = config
+        for number in range(3):
+            self.start(f"router{number}")
+
+    def start(self, name: str) -> Fleet:
+        """One more, which knows nothing yet."""
+        made = fleet(self.clock, {}, {}, {}, {}, eject_seconds=60.0, **self._config)
+        config = ReplicaConfig(eject_seconds=60.0, slow_start_seconds=0.0, **self._config)
+        ejections = Ejections(self._state, made, config, name)
+        ejections.start()
+        self.fleets.append(made)
+        self.ejections.append(ejections)
+        return made
 
     async def stop(self) -> None:
         for ejections in self.ejections:
@@ -122,6 +132,27 @@ async def test_a_router_with_a_broken_network_takes_no_worker_from_the_others(ro
     await until(lambda: not routers.ejections[0]._telling and not routers.ejections[1]._telling)
     assert third_before == set()
     assert left_out(second) == {"3"}  # its own
+
+
+async def test_a_router_that_was_started_anew_does_not_agree_with_itself(routers: Routers, state: Redis) -> None:
+    fail(routers.fleets[0], 1)
+    await until(lambda: not routers.ejections[0]._telling)
+    await routers.ejections[0].stop()  # its vote stays
+    fail(routers.start("router0"), 1)
+    await until(lambda: not routers.ejections[-1]._telling)
+    assert await Ballot(state, "reader", 2).read() == {}
+    fail(routers.fleets[1], 1)
+    await until(lambda: not routers.ejections[1]._telling)
+    assert list(await Ballot(state, "reader", 2).read()) == [("m", "1")]
+
+
+def test_a_voter_is_known_by_its_place_and_the_processes_on_one_port_are_several() -> None:
+    one, two = (
+        ServerConfig("0.0.0.0:50051", also_listen="unix:/1"),
+        ServerConfig("0.0.0.0:50051", also_listen="unix:/2"),
+    )
+    assert voter_of(one) == voter_of(ServerConfig("0.0.0.0:50051", also_listen="unix:/1"))
+    assert len({voter_of(one), voter_of(two), voter_of(ServerConfig("0.0.0.0:50052"))}) == 3
 
 
 async def test_what_it_found_alone_yields_to_what_was_agreed(routers: Routers) -> None:

@@ -20,7 +20,7 @@ from meshlm.router.config import RouterConfig
 from meshlm.router.guarding.guards import Guards
 from meshlm.router.identity import KeyRing
 from meshlm.router.pipeline import Pipeline
-from meshlm.router.replicas.ejections import Ejections
+from meshlm.router.replicas.ejections import Ejections, voter_of
 from meshlm.router.replicas.fleet import Fleet
 from meshlm.router.replicas.proof import Prover
 from meshlm.router.replicas.quarantine import Quarantine
@@ -44,7 +44,7 @@ class RouterService:
         self._guards = Guards(config)
         ledger = Ledger(self._redis, config)
         self._quarantine = Quarantine(self._redis, self._fleet, config.proof.quarantine_seconds)
-        self._ejections = Ejections(self._redis, self._fleet, config.replicas)
+        self._ejections = Ejections(self._redis, self._fleet, config.replicas, voter_of(config.server))
         self._prover = Prover(config.proof, self._fleet, self._quarantine)
         self._pipeline = Pipeline(
             config,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import hashlib
+import socket
 
 import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from meshlm.chassis.config import ServerConfig
 from meshlm.router.replicas.config import ReplicaConfig
 from meshlm.router.replicas.fleet import Fleet
 from meshlm.router.replicas.replica import Replica
@@ -87,13 +89,20 @@ class Ballot:
         return {(model, replica): int(left) / 1000 for model, replica, left in threes}
 
 
+def voter_of(server: ServerConfig) -> str:
+    """A router process as it votes: the same after it was started anew, or it would agree with itself. Several on one
+    port differ by the address that each has beside it."""
+    place = "\n".join((socket.gethostname(), server.listen, server.also_listen))
+    return hashlib.sha256(place.encode()).hexdigest()[:16]
+
+
 class Ejections:
     """Tells the others what this router ejects, and keeps its fleet as they agreed. While the store does not answer,
     each router is by itself, and what was agreed ends in its time."""
 
-    def __init__(self, redis: Redis | None, fleet: Fleet, config: ReplicaConfig) -> None:
+    def __init__(self, redis: Redis | None, fleet: Fleet, config: ReplicaConfig, router: str) -> None:
+        """`router`: who votes; see `voter_of`."""
         shared = redis is not None and config.eject_routers > 0
-        router = secrets.token_hex(8)
         self._ballot = Ballot(redis, router, config.eject_routers) if redis is not None and shared else None
         self._fleet = fleet
         self._most = config.most_ejected
