@@ -53,6 +53,12 @@ class TestOfAKey:
         assert 10 < (error.retry_after or 0) <= 20
         assert len(mesh.workers[0].counted) + len(mesh.workers[1].counted) == asked  # no worker was asked
 
+    async def test_the_store_forgets_a_question_within_a_minute(self, mesh: Mesh, state: Redis) -> None:
+        """Nothing settles it: it would lie there for as long as a reservation may last."""
+        await count(mesh)
+        (name,) = await state.keys("meshlm:{t}:reservation:*/inquiry/*")
+        assert 0 < await state.pttl(name) <= 60_000
+
     async def test_both_share_it_and_requests_have_their_own(self, mesh: Mesh) -> None:
         await count(mesh)
         await explain(mesh)

@@ -27,6 +27,6 @@ class Inquiries:
         terms = self._book.inquiry_terms(key)
         with span("router.admit") as current:
             identifier = f"{request_id}/inquiry/{next(_numbers)}/{time.monotonic_ns()}"
-            reserving = asyncio.ensure_future(self._ledger.reserve(identifier, terms, 0, 0))
+            reserving = asyncio.ensure_future(self._ledger.reserve(identifier, terms, 0, 0, final=True))
             reservation = await asyncio.shield(reserving)  # the store's client may swallow a cancel
             current.set_attribute(Name.LEDGER_MODE, reservation.mode)

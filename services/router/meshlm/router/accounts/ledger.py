@@ -32,6 +32,8 @@ log = structlog.get_logger()
 _PAUSE = 1.0
 # Settlements kept for a ledger that does not answer.
 _OWED = 10_000
+# What is over is remembered so long, ms, for an operation of it that comes late; as the script does a settlement.
+_OVER_MS = 60_000
 # Completion tokens reserved at a time.
 SLICE = 256
 
@@ -64,14 +66,17 @@ class Ledger:
                     await task
         await self._pay()
 
-    async def reserve(self, identifier: str, terms: Terms, prompt: int, at_most: int) -> Reservation:
+    async def reserve(
+        self, identifier: str, terms: Terms, prompt: int, at_most: int, *, final: bool = False
+    ) -> Reservation:
         """Take one request, a place for its stream, `prompt` tokens and the first slice of at most `at_most` more.
+        `final`: that is all, and it is not settled.
 
         Raises MeshError RATE_LIMITED or BUDGET_SPENT: all or nothing, with the limit that takes longest, and the time
         to wait; without one where it can never pass.
         """
         usage = Usage(prompt=prompt)
-        reservation = Reservation(identifier, terms, usage)
+        reservation = Reservation(identifier, terms, usage, final=final)
         if not terms.limits:
             return reservation
         try:
@@ -177,7 +182,8 @@ class Ledger:
         if self._script is None or not self._breaker.allows():
             return None
         keys = [f"meshlm:{{{reservation.terms.tenant}}}:reservation:{reservation.id}"]
-        words = [f"{operation} {reservation.number} {wanted} {least} {self._expiry_ms} {self._lease_ms}"]
+        expiry = _OVER_MS if reservation.final else self._expiry_ms
+        words = [f"{operation} {reservation.number} {wanted} {least} {expiry} {self._lease_ms}"]
         for limit, line in zip(reservation.terms.limits, lines, strict=True):
             keys += limit.places
             words.append(f"{limit.rule} {line.fixed!r} {line.each!r}")

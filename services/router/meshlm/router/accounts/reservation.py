@@ -28,6 +28,7 @@ class Reservation:
     number: int = 0  # of the last operation
     touched: float = 0.0  # when that was, seconds of the ledger's clock
     settled: bool = False
+    final: bool = False  # nothing follows it: neither `extend` nor `settle`
     void: bool = False  # is to hold nothing, not even the request
     doubtful: bool = False  # an answer of the ledger was lost: it may hold more than this router knows
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one operation at a time
