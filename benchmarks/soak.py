@@ -80,7 +80,7 @@ async def use(soak: SoakMesh, number: int, seed: int, seconds: float, calls: lis
     while time.monotonic() < until:
         life += 1
         async with open_channel(soak.mesh.target) as channel:
-            caller = Caller(channel, f"c{number}.{life}", chance)
+            caller = Caller(channel, soak.mesh.target, f"c{number}.{life}", chance)
             for _ in range(chance.randrange(3, 30)):
                 if time.monotonic() >= until:
                     return
@@ -102,7 +102,7 @@ async def follow(caller: Caller, call: Call | None, calls: list[Call]) -> None:
 async def round_of(soak: SoakMesh, name: str, seed: int, calls: list[Call]) -> None:
     """Each kind of call some times, with nothing in its way."""
     async with open_channel(soak.mesh.target) as channel:
-        caller = Caller(channel, name, random.Random(f"{seed}/{name}"))
+        caller = Caller(channel, soak.mesh.target, name, random.Random(f"{seed}/{name}"))
         made = [caller.make(kind) for kind in KINDS for _ in range(3)]
         await asyncio.gather(*(follow(caller, call, calls) for call in made))
 

@@ -22,6 +22,7 @@ AFTER = 12.0  # seconds for which a fault may be felt: starts, breakers and ejec
 UNFORESEEN = ('"library":', "unforeseen error", "the service failed", "Traceback")
 # gRPC's own word on an answer whose asker was killed while it was sent.
 NOBODY_THERE = "ExecuteBatchError raised in core by servicer method"
+QUESTION_MS = 60_000  # that the store remembers a question, at most
 QUIET_SECONDS = 60.0  # within which all must be quiet
 GROWTH = 48 << 20  # bytes by which a process may grow in a run
 
@@ -57,6 +58,8 @@ def audit(soak: SoakMesh, calls: list[Call], log: dict[str, list[dict[str, Any]]
     unheard = {Reason.REQUEST_INVALID, Reason.KEY_INVALID, Reason.KEY_NOT_ALLOWED, Reason.DRAINING}
     for call in calls:
         found = log.get(call.id, [])
+        if call.kind in ("library", "question"):  # asks again by itself, or makes no answer
+            continue
         hasty = call.ending == Reason.DEADLINE and call.kind == "hasty" and call.start is None  # may not have arrived
         lost = hasty or call.ending in (*unheard, "transport")
         lost = lost or soak.faulty(call.begun, call.ended, *ROUTERS, after=1.0)
@@ -77,9 +80,11 @@ def audit(soak: SoakMesh, calls: list[Call], log: dict[str, list[dict[str, Any]]
 
 async def ledger(soak: SoakMesh, calls: list[Call], log: dict[str, list[dict[str, Any]]]) -> AsyncIterator[str]:
     """Each tenant was charged what its records say, and what reservations of killed routers hold; no more, no less."""
-    lost = [call for call in calls if call.id not in log and call.start is not None and not call.cached]
+    lost = [call for call in calls if call.start is not None and (call.id not in log or call.kind == "library")]
+    lost = [call for call in lost if not call.cached and soak.faulty(call.begun, call.ended, *ROUTERS, after=1.0)]
     for tenant in TENANTS:
-        bills = {i: r[0] for i, r in log.items() if r[0]["tenant"] == tenant.name}
+        taken = (record for records in log.values() for record in records if record["tenant"] == tenant.name)
+        bills = {f"{record['request_id']}/{record['trace_id']}": record for record in taken}
         held = await _held(soak, tenant.name)
         low = high = sum(amount for amount in held.values())
         for request, record in bills.items():
@@ -94,19 +99,21 @@ async def ledger(soak: SoakMesh, calls: list[Call], log: dict[str, list[dict[str
             if not any(fault.kind == "kill" and fault.target in ROUTERS for fault in soak.faults):
                 yield f"{tenant.name}: the reservation of {request} is open, and no router was killed"
         # A router may be killed between a settlement and its record.
-        high += sum(_most(call) for call in lost if call.tenant == tenant and call.id not in held)
+        high += sum(_most(call) for call in lost if call.tenant == tenant)
         spent = int(await soak.redis.get(tenant.spent_key) or 0)
         if not low <= spent <= high:
             yield f"{tenant.name} was charged {spent}; its records and open reservations say {low} to {high}"
 
 
 async def _held(soak: SoakMesh, tenant: str) -> dict[str, int]:
-    """What open reservations hold of the tenant's money, by the request's id."""
+    """What open reservations hold of the tenant's money, by the ids of request and trace."""
     held: dict[str, int] = {}
     async for key in soak.redis.scan_iter(f"meshlm:{{{tenant}}}:reservation:*", count=1000):
+        if b"/inquiry/" in key:
+            continue
         value = await soak.redis.get(key)
         if value is not None and value != b"settled":
-            request = key.decode().split(":reservation:")[1].split("/")[0]
+            request = key.decode().split(":reservation:")[1].rpartition("/")[0]
             held[request] = held.get(request, 0) + int(float(value.split()[-1]))
     return held
 
@@ -146,7 +153,11 @@ async def quiet(soak: SoakMesh) -> AsyncIterator[str]:
         keys = [key async for key in soak.redis.scan_iter("meshlm:*:concurrent_streams")]
         return not [key for key in keys if await soak.redis.zcount(key, now, "+inf")]
 
-    for what, condition in (("flights", landed), ("places of streams", left)):
+    async def asked() -> bool:
+        keys = [key async for key in soak.redis.scan_iter("meshlm:*:reservation:*/inquiry/*", count=1000)]
+        return not [key for key in keys if await soak.redis.pttl(key) > QUESTION_MS]
+
+    for what, condition in (("flights", landed), ("places of streams", left), ("questions", asked)):
         try:
             await until(condition, QUIET_SECONDS + FLIGHT_SECONDS)
         except TimeoutError:

@@ -273,13 +273,46 @@ async def test_several_answers_at_once_are_routed_by_the_prompts_look(pair: Mesh
 async def test_an_answer_that_was_taken_over_is_not_kept_as_the_small_models(pair: Mesh) -> None:
     pair.workers[0].logprob = UNSURE
     await collect(pair.stream(model="judged"))
-    assert pair.cache.entries == {}
-    assert pair.cache.calls[-1] == "release"
+    assert pair.cache.calls == ["look_up", "release", "look_up", "store"]
+    assert [asked.generation.model for asked in pair.cache.lookups] == ["m", "n"]
+    first, *middle, _ = await collect(pair.stream(model="m"))
+    assert (first.start.routing.reason, text_of(middle)) != ("cache_hit", LARGE_ANSWER)
+    assert text_of(middle) == SMALL_ANSWER
     pair.workers[0].logprob = SURE
-    await collect(pair.stream(model="judged"))
-    assert len(pair.cache.entries) == 1
     first, *middle, _ = await collect(pair.stream(model="judged"))
     assert (first.start.routing.reason, text_of(middle)) == ("cache_hit", SMALL_ANSWER)
+
+
+async def test_an_answer_that_was_taken_over_is_not_made_again(pair: Mesh, state: Redis) -> None:
+    pair.workers[0].logprob = UNSURE
+    await collect(pair.stream(model="judged"))
+    charged = await tokens_charged(state)
+    first, *middle, last = await collect(pair.stream(model="judged"))
+    routing = first.start.routing
+    assert (routing.model, routing.reason, text_of(middle)) == ("n", "cache_hit", LARGE_ANSWER)
+    assert last.end.cost_micros == 0
+    assert await tokens_charged(state) <= charged
+    first, *middle, _ = await collect(pair.stream(model="n"))
+    assert (first.start.routing.reason, text_of(middle)) == ("cache_hit", LARGE_ANSWER)
+    assert len(pair.workers[1].requests) == 1
+
+
+async def test_a_prompt_that_is_refused_gets_no_answer_that_was_taken_over(pair: Mesh) -> None:
+    pair.workers[0].logprob = UNSURE
+    await collect(pair.stream(model="judged"))
+    pair.guard.policy = "p2"  # under which what was kept must be made again
+    first, *middle, _ = await collect(pair.stream(model="judged"))
+    assert (first.start.routing.reason, text_of(middle)) != ("cache_hit", LARGE_ANSWER)
+    assert text_of(middle) == LARGE_ANSWER
+    assert len(pair.workers[1].requests) == 2
+    assert pair.cache.calls[-2:] == ["look_up_refresh", "store"]
+
+
+async def test_the_answer_of_a_model_that_stood_in_for_a_lost_one_is_kept(pair: Mesh) -> None:
+    pair.workers[0].failure = MeshError(Reason.ENGINE_LOST, "gone")
+    await collect(pair.stream(model="judged"))
+    first, *middle, _ = await collect(pair.stream(model="n"))
+    assert (first.start.routing.reason, text_of(middle)) == ("cache_hit", LARGE_ANSWER)
 
 
 async def test_whoever_asks_beforehand_learns_what_the_beginning_is_measured_by_and_nothing_is_computed(

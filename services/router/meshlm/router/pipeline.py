@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -199,13 +200,17 @@ class Pipeline:
     ) -> AsyncGenerator[Response, None]:
         # Prefill and guard run at the same time; nothing leaves before the verdict.
         self._prover.sample(work)
-        dispatching = asyncio.create_task(self._dispatch(work)) if self._guards.present else None
+        dispatching = asyncio.create_task(self._dispatch(work, screening)) if self._guards.present else None
         window = self._guards.open_output(work.request_id, work.key, work.generation.input, work.wording().canaries)
         call: Call | None = None
         try:
             work.input_verdict = await screening
             await window.open()
-            call = await (dispatching or self._dispatch(work))
+            call = await (dispatching or self._dispatch(work, screening))
+            if call is None:
+                async for response in self._replay(work):
+                    yield response
+                return
             budget = await self._open_budget(work)
             spent = False
             yield self._tell(work, start=self._start(work))
@@ -237,13 +242,22 @@ class Pipeline:
             if call is not None:
                 await call.close()
 
-    async def _dispatch(self, work: Work) -> Call:
+    async def _dispatch(self, work: Work, screening: asyncio.Future[pb.Verdict | None]) -> Call | None:
+        """None where the model that it came to has answered this before: that is in `work.lookup`."""
+
+        async def begin_anew() -> Call | None:
+            await self._choose(work)
+            await self._look_up(work, screening)
+            return await self._cascade.call(work, begin_anew) if work.lookup.answer is None else None
+
+        begin: Callable[[], Awaitable[Call | None]] = partial(self._cascade.call, work, begin_anew)
         while True:
             try:
-                return await self._cascade.call(work)
+                return await begin()
             except MeshError as error:
                 if not await self._admission.fall_back(work, error):
                     raise
+                begin = begin_anew
 
     async def _begin(self, work: Work) -> LastingCall:
         call = await self._dispatcher.first(work)

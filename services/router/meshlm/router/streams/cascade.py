@@ -86,8 +86,9 @@ class Cascade:
             Name.ROUTING_UNSEEN, "{token}", "Tokens of a small model that a large one took over from; nobody pays them"
         )
 
-    async def call(self, work: Work) -> Call:
-        """A call to the model that answers. Raises MeshError where it cannot, or its limits refuse the request."""
+    async def call(self, work: Work, anew: Callable[[], Awaitable[Call | None]]) -> Call | None:
+        """A call to the model that answers; where the large one takes over, what `anew` begins there. Raises MeshError
+        where it cannot, or its limits refuse the request."""
         assert work.route is not None  # noqa: S101
         trial = work.route.trial
         work.weighed = trial is not None
@@ -108,7 +109,7 @@ class Cascade:
         except MeshError as error:
             self._routes.give_back(work.route, error)
             await self._move(work)
-        return await self._begin(work)
+        return await anew()
 
     def _is_over(self, work: Work, trial: Trial, logprobs: Sequence[float] | None) -> bool:
         assert work.route is not None  # noqa: S101
