@@ -76,7 +76,7 @@ def told(events: list[Any]) -> int:
 async def test_a_limit_of_1000_tokens_lets_no_more_than_1016_through(limit: str) -> None:
     async with limited(f"{limit} = {LIMIT}") as rig:
         began = time.monotonic()
-        events, error = await read(rig.stream("hello", max_tokens=1500, cache="bypass"))
+        events, error = await read(rig.stream("hello", max_tokens=2000, cache="bypass"))
         refill = 0.0 if limit == "micros_per_day" else LIMIT / 60 * (time.monotonic() - began)
         assert error is not None
         assert (error.reason, error.metadata["limit"]) == (Reason.BUDGET_SPENT, limit)
@@ -126,7 +126,7 @@ async def test_an_aborted_stream_is_billed_exactly_what_was_sent() -> None:
         stopped = False
         events: list[Any] = []
         with pytest.raises(MeshError) as caught:
-            async for event in rig.stream("hello", max_tokens=500, cache="bypass", deadline=6):
+            async for event in rig.stream("hello", max_tokens=500, cache="bypass", deadline=9):
                 events.append(event)
                 if isinstance(event, Text) and event.token_offset > 20 and not stopped:
                     stopped = True
@@ -180,9 +180,9 @@ async def _is(rig: Rig, tokens: int) -> bool:
 
 
 async def test_a_killed_router_leaves_no_place_taken_for_longer_than_its_lease() -> None:
-    router = "[router]\nlease_seconds = 3.0\n"
+    router = "[router]\nlease_seconds = 6.0\n"
     async with limited("concurrent_streams = 1", step=0.02, before=router) as rig:
-        stream = rig.stream("hello", max_tokens=1500, cache="bypass")
+        stream = rig.stream("hello", max_tokens=2000, cache="bypass")
         await anext(stream)
         with pytest.raises(MeshError) as caught:
             await rig.text("another")

@@ -174,8 +174,8 @@ async def test_a_worker_that_is_merely_full_is_asked_again(tmp_path: Path) -> No
 
 
 async def test_a_worker_that_takes_too_long_is_given_up_for_another(tmp_path: Path) -> None:
-    async with rig(tmp_path, 2, timeout_seconds=0.5) as made:
-        for number in range(6):
+    async with rig(tmp_path, 2, timeout_seconds=1.5) as made:
+        for number in range(4):
             made.scripted[number % 2].stalls, made.scripted[1 - number % 2].stalls = True, False
             assert (await made.prompt(f"cake {number}"))[0] == 0.02
 

@@ -66,8 +66,9 @@ class Flights:
                 left = until - time.monotonic()
                 if left <= 0 or self._draining:
                     return Landing(Outcome.TIMEOUT)
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(woken.wait(), min(pause, left))
+                with suppress(TimeoutError):  # no wait_for: Python 3.11's may swallow a cancel
+                    async with asyncio.timeout(min(pause, left)):
+                        await woken.wait()
             waited = True
             pause = min(pause * 1.5, _LONGEST_PAUSE)
 

@@ -107,6 +107,7 @@ class Ejections:
         self._fleet = fleet
         self._most = config.most_ejected
         self._following: asyncio.Task[None] | None = None
+        self._stopped = False
         self._telling: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -115,6 +116,7 @@ class Ejections:
             self._following = asyncio.create_task(self._follow(self._ballot))
 
     async def stop(self) -> None:
+        self._stopped = True  # ends it even where the store's client swallows the cancel, as Python 3.11's wait_for may
         for task in (*self._telling, *filter(None, [self._following])):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -135,7 +137,7 @@ class Ejections:
             log.warning("an ejection could not be told", replica=name, error=type(error).__name__)
 
     async def _follow(self, ballot: Ballot) -> None:
-        while True:
+        while not self._stopped:
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 self._fleet.leave_out(await ballot.read())
             await asyncio.sleep(_ASK_SECONDS)

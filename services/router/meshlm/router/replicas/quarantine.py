@@ -75,6 +75,7 @@ class Quarantine:
         self._fleet = fleet
         self._seconds = seconds
         self._following: asyncio.Task[None] | None = None
+        self._stopped = False
         self._gauge = meter().create_gauge(Name.ROUTER_QUARANTINED, "1", "1 for a replica that gets no requests")
 
     def start(self) -> None:
@@ -82,6 +83,7 @@ class Quarantine:
             self._following = asyncio.create_task(self._follow(self._register))
 
     async def stop(self) -> None:
+        self._stopped = True  # ends it even where the store's client swallows the cancel, as Python 3.11's wait_for may
         if self._following is not None:
             self._following.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -97,7 +99,7 @@ class Quarantine:
             log.warning("a quarantine could not be told", replica=name, error=type(error).__name__)
 
     async def _follow(self, register: Register) -> None:
-        while True:
+        while not self._stopped:
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 self._apply(await register.read())
             await asyncio.sleep(_ASK_SECONDS)

@@ -255,8 +255,9 @@ class EngineClient:
             changed = self._changed
             yield
             await asyncio.sleep(WATCH_PAUSE_SECONDS)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), WATCH_WAIT_SECONDS - WATCH_PAUSE_SECONDS)
+            with contextlib.suppress(TimeoutError):  # no wait_for: Python 3.11's may swallow a cancel
+                async with asyncio.timeout(WATCH_WAIT_SECONDS - WATCH_PAUSE_SECONDS):
+                    await changed.wait()
 
     # One engine after another
 
