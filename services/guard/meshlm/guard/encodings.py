@@ -1,4 +1,5 @@
-"""Text inside text: base64, hex, percent and backslash escapes, Unicode tags, rot13 and text backwards, unwrapped once.
+"""Text inside text, unwrapped once: base64, 32 and 85, hex, escapes of the web, of mail and of programs, Unicode tags,
+codes of characters, Morse, and ciphers of letters.
 
 What comes out counts only if it is readable UTF-8. Runs are found by possessive patterns, in linear time.
 """
@@ -7,11 +8,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import codecs
+import html
+import quopri
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from string import ascii_lowercase, ascii_uppercase
 from urllib.parse import unquote_plus
+
+from meshlm.guard import numerals
+from meshlm.guard.ciphers import deciphered
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,8 @@ def unwrap(text: str) -> Iterator[Unwrapped]:
             payload = decode(match.group())
             if payload is not None and _readable(payload):
                 yield Unwrapped(form, payload, match.start(), match.end())
-    for match in _LINE.finditer(text):
-        said = _words(match.group())
-        for form, words, decipher in _CIPHERS:
-            if sum(map(len, said & words)) >= _MEANT:
-                yield Unwrapped(form, decipher(match.group()), match.start(), match.end())
+    for form, payload, start, end in deciphered(text):
+        yield Unwrapped(form, payload, start, end)
 
 
 def _base64(run: str) -> str | None:
@@ -48,6 +52,45 @@ def _base64(run: str) -> str | None:
     if len(data) % 4 == 1:
         data = data[:-1]
     return _utf8(lambda: base64.b64decode(data + "=" * (-len(data) % 4)))
+
+
+def _base32(run: str) -> str | None:
+    data = run.rstrip("=")
+    data = data[: len(data) - (0, 1, 0, 1, 0, 0, 1, 0)[len(data) % 8]]
+    return _utf8(lambda: base64.b32decode(data + "=" * (-len(data) % 8)))
+
+
+def _base85(run: str) -> str | None:
+    """Of Adobe's kind, of git's and of ZeroMQ's; what stands around it may be of the sentence."""
+    kinds = set(run)
+    if len(kinds & _MARKS) < _LEAST_MARKS or kinds.isdisjoint(ascii_uppercase) or kinds.isdisjoint(ascii_lowercase):
+        return None
+    framed = run.partition("<~")[2].partition("~>")[0]
+    for start in (0, 1):  # a bracket or quotation mark
+        data = framed or run[start:]
+        for begins, decode in _BASES_85:
+            if begins.match(data) and _begins_readable(decode, data):
+                for end in range(len(data), len(data) - 4, -1):
+                    text = _utf8(partial(decode, data[:end]))
+                    if text is not None and _readable(text):
+                        return text
+    return None
+
+
+def _begins_readable(decode: Callable[[str], bytes], data: str) -> bool:
+    """Whether some of it is text, which is quickly known."""
+    try:
+        head = decode(data[:40])
+    except ValueError:
+        return False
+    text = head.decode("utf-8", "ignore")
+    return len(text.encode()) >= len(head) - 3 and _readable(text)
+
+
+def _z85(data: str) -> bytes:
+    if not _OF_Z85.issuperset(data):
+        raise ValueError("not of z85's characters")
+    return base64.b85decode(data.translate(_Z85))
 
 
 def _hex(run: str) -> str | None:
@@ -66,6 +109,16 @@ def _escapes(run: str) -> str:
     return "".join(chr(int(digits, 16)) for digits in re.findall(r"\\u([0-9a-fA-F]{4})", run))
 
 
+def _entities(run: str) -> str:
+    return html.unescape(run)
+
+
+def _printable(run: str) -> str | None:
+    """Quoted-printable, as in mails."""
+    text = _utf8(lambda: quopri.decodestring(run.encode()))
+    return text if text is not None and all(char.isprintable() or char.isspace() for char in text) else None
+
+
 def _percent(run: str) -> str | None:
     return unquote_plus(run) if run.count("%") >= 2 else None
 
@@ -82,44 +135,26 @@ def _readable(text: str) -> bool:
     return printing * 10 >= len(text) * 9 and any(char.isalpha() for char in text)
 
 
-def _words(line: str) -> set[str]:
-    """The distinct runs of letters, in lower case."""
-    if line.isascii():
-        return set(line.encode().translate(_LOWER).decode().split())
-    return {run.translate(_CASED).lower() for run in _RUN.findall(line)}
-
-
-def _rot13(text: str) -> str:
-    return codecs.encode(text, "rot13")
-
-
-def _reversed(text: str) -> str:
-    return text[::-1]
-
-
-_LINE = re.compile(r"[^\n]{8,}+")
-# English is known in a cipher by its common words, and by what attacks are about. Other languages and names have one of
-# these by chance, and rarely two: with so many letters of them, a line is meant.
-_MEANT = 10
-_COMMON = (
-    *("this", "that", "with", "your", "from", "have", "will", "what", "when", "which", "would", "should", "about"),
-    *("ignore", "disregard", "forget", "previous", "above", "system", "prompt", "instructions", "rules", "reveal"),
-    *("pretend", "unrestricted", "password", "secret", "without", "restrictions", "guidelines", "respond", "write"),
-    *("following", "message", "answer", "question", "explain", "make", "every", "under", "never", "must", "them"),
-    *("please", "tell", "show", "they"),
-)
-_CIPHERS: tuple[tuple[str, frozenset[str], Callable[[str], str]], ...] = (
-    ("rot13", frozenset(map(_rot13, _COMMON)), _rot13),
-    ("reversed", frozenset(map(_reversed, _COMMON)), _reversed),
-)
-# Letters in lower case, and blanks for all else.
-_LOWER = bytes(byte | 32 if chr(byte).isalpha() and byte < 128 else 32 for byte in range(256))
-_RUN = re.compile(r"[^\W\d_]+")
-_CASED = str.maketrans("ſİı", "sii")  # letters that are another's in some case
+_ENTITY = r"[^\s&]{0,20}+&#[xX]?[0-9a-fA-F]{1,6};[^\s&]{0,20}+"
 # Its name, what a text with one has somewhere, its pattern, and what is in it.
 _Wrapping = tuple[str, str, re.Pattern[str], Callable[[str], str | None]]
 _ASCII_WRAPPINGS: tuple[_Wrapping, ...] = (
     ("base64", "", re.compile(r"[A-Za-z0-9+/_-]{16,}+={0,2}"), _base64),
+    ("base32", "", re.compile(r"(?<![A-Za-z0-9])[A-Z2-7]{16,}+={0,6}"), _base32),
+    # Nothing but a long run of many kinds of characters, as addresses and code have them too.
+    ("base85", "", re.compile(r"(?<!\S)(?=\S*[!#$%&*;<>?@^`{|}~(])[!-~]{20,}+"), _base85),
+    ("binary", "01", numerals.BINARY, numerals.binary),
+    ("octal", "040", numerals.OCTAL, numerals.octal),
+    ("octal", "\\1", numerals.OCTAL_ESCAPES, numerals.octal),
+    ("decimal", "32", numerals.DECIMAL, numerals.decimal),
+    ("morse", "", numerals.MORSE, numerals.morse),
+    ("entities", "&#", re.compile(rf"{_ENTITY}(?:\s?+{_ENTITY}){{3,}}+"), _entities),
+    (
+        "quoted-printable",
+        "=",
+        re.compile(r"(?<!\S)[^\s=&?]{0,60}+(?:=(?:[0-9A-F]{2}|\r?\n)[^\s=&?]{0,60}+){2,}+"),
+        _printable,
+    ),
     ("hex", "", re.compile(r"(?<![0-9a-zA-Z])(?:0x)?(?:[0-9a-fA-F]{2}){8,}+"), _hex),
     ("hex", "", re.compile(r"(?<![0-9a-zA-Z])(?:0x)?[0-9a-fA-F]{2}(?:[ :,-]{1,2}+(?:0x)?[0-9a-fA-F]{2}){7,}+"), _hex),
     ("hex", "\\x", re.compile(r"(?:\\x[0-9a-fA-F]{2}){4,}+"), _hex),
@@ -128,3 +163,23 @@ _ASCII_WRAPPINGS: tuple[_Wrapping, ...] = (
 )
 # A flag's subdivision is spelled with tags too, behind a black flag.
 _TAGS: _Wrapping = ("tags", "", re.compile(r"(?<!\U0001f3f4)[\U000e0020-\U000e007e]{4,}+"), _tags)
+# What nearly every text in base 85 has some of.
+_MARKS = frozenset("!#$%&*;<>?@^`{|}~(+-=)_")
+_LEAST_MARKS = 3
+_ADOBE = "".join(map(chr, range(33, 118)))
+_GIT = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;<=>?@^_`{|}~"
+_ZEROMQ = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
+_Z85 = str.maketrans(_ZEROMQ, _GIT)
+_OF_Z85 = frozenset(_ZEROMQ)
+
+
+def _groups(digits: str) -> re.Pattern[str]:
+    """Three groups of five digits, the first of each as it is where four characters begin with one of ASCII."""
+    return re.compile(f"(?:[{re.escape(digits[10:41])}].{{4}}){{3}}")
+
+
+_BASES_85: tuple[tuple[re.Pattern[str], Callable[[str], bytes]], ...] = (
+    (_groups(_ADOBE), base64.a85decode),
+    (_groups(_GIT), base64.b85decode),
+    (_groups(_ZEROMQ), _z85),
+)

@@ -2,7 +2,7 @@
 
 What rules cannot do: know a paraphrase that the table does not have, an attack spread over several turns, a language
 outside the table (English in breadth; the commonest phrases of German, French, Spanish, Italian, Portuguese, Russian,
-Chinese and Japanese), optimised suffixes, ciphers but rot13 and text backwards, or text wrapped twice. And
+Chinese and Japanese), optimised suffixes, ciphers that have a key, or text wrapped twice. And
 they can be talked round: a phrase in quotation marks beside words about attacks weighs half, whoever wrote it. Judging
 intent is a model's task.
 """
