@@ -19,8 +19,9 @@ import pytest
 
 from meshlm.worker.engine.scheduler import SchedulerSettings
 from meshlm.worker.fake import CRASH, HANG, KILL, OUT_OF_MEMORY, FakeSettings, expected_tokens
-from meshlm.worker.front.engine_client import EngineClient, EngineLost, EngineStream
+from meshlm.worker.front.engine_client import EngineClient
 from meshlm.worker.front.engine_process import EngineSettings
+from meshlm.worker.front.engine_stream import EngineLost, EngineStream
 from meshlm.worker.messages import Finish, Finished, Limits, NewToken, Sampling, Started, Submit
 
 pytestmark = pytest.mark.mesh

@@ -15,7 +15,8 @@ from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
 from meshlm.worker.fake import END, KILL, expected_tokens
 from meshlm.worker.fake_tokenizer import fake_tokenizer
-from meshlm.worker.front.engine_client import EngineClient, Event
+from meshlm.worker.front.engine_client import EngineClient
+from meshlm.worker.front.engine_stream import Event
 from meshlm.worker.front.plans import Plan, SoFar
 from meshlm.worker.front.streams import Choice, Generation
 from meshlm.worker.messages import Finish, Finished, Limits, NewToken, Sampling, Started, TokenLogprob

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
-from meshlm.worker.front.engine_client import EngineClient, EngineLost, EngineStream
+from meshlm.worker.front.engine_client import EngineClient
+from meshlm.worker.front.engine_stream import EngineLost, EngineStream
 from meshlm.worker.front.read_plans import ReadPlan
 from meshlm.worker.front.streams import Phases, engine_lost, failure_of
 from meshlm.worker.messages import Embedded, Finished, Scored

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
-from meshlm.worker.front.engine_client import EngineClient, EngineLost, EngineStream, Event
+from meshlm.worker.front.engine_client import EngineClient
+from meshlm.worker.front.engine_stream import EngineLost, EngineStream, Event
 from meshlm.worker.front.plans import Plan
 from meshlm.worker.messages import Finish, Finished, NewToken, Started, TokenLogprob
 from meshlm.worker.text.detokenizer import Detokenizer
