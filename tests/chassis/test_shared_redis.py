@@ -16,7 +16,7 @@ from redis.exceptions import NoScriptError, ResponseError
 from meshlm.chassis.config import StateConfig
 from meshlm.chassis.shared_redis import SharedRedis
 from meshlm.chassis.state import connect
-from tests.router.conftest import run_valkey
+from tests.router.valkey import run_valkey
 
 Server = tuple[str, Popen[bytes]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from typing import Any
@@ -54,8 +53,8 @@ class Book:
         return caught.value
 
 
-async def until(condition: Any, bound: float = 60.0) -> Any:
-    async with asyncio.timeout(bound):
-        while not (result := await condition()):
-            await asyncio.sleep(0.01)
-        return result
+async def tokens_charged(state: Redis, per_minute: int = 300) -> float:
+    """Tokens that the key's limit of so many a minute holds against it now."""
+    value = await state.get("meshlm:{t}:key:k:tokens_per_minute")
+    seconds, micros = await state.time()
+    return max(0.0, int(value or 0) - seconds * 1_000_000 - micros) * per_minute / 60_000_000

@@ -30,8 +30,9 @@ from meshlm.router.risk.standing import Caller
 from meshlm.router.routing.config import RouteConfig, RuleConfig, TargetConfig
 from meshlm.router.work import Work
 from meshlm.v1 import cache_pb2_grpc, inference_pb2
-from tests.router.conftest import Mesh, key
-from tests.router.test_pipeline import collect, until
+from tests.router.calls import collect
+from tests.router.mesh import Mesh, key
+from tests.waiting import until
 
 DAY, PLACES = "meshlm:{t}:key:k:micros_per_day", "meshlm:{t}:key:k:concurrent_streams"
 BUDGET = 1000

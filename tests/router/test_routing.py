@@ -17,8 +17,9 @@ from meshlm.router.routing.config import ComplexityConfig, RouteConfig, RuleConf
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
-from tests.router.conftest import Mesh, key
-from tests.router.test_pipeline import collect, failure, text_of, until
+from tests.router.calls import collect, failure, text_of
+from tests.router.mesh import Mesh, key
+from tests.waiting import until
 
 PRICES = {
     "m": PriceConfig(prompt=1_000_000, completion=1_000_000),

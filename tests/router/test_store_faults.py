@@ -22,10 +22,10 @@ from meshlm.router.risk.breaker import State
 from meshlm.router.risk.config import BreakerConfig, RiskConfig
 from meshlm.router.risk.standing import Caller, Standings
 from tests.router.book import PRICE, Book
-from tests.router.book import until as eventually
-from tests.router.conftest import Mesh, key
+from tests.router.calls import collect, text_of
 from tests.router.fleets import Clock
-from tests.router.test_pipeline import collect, text_of, until
+from tests.router.mesh import Mesh, key
+from tests.waiting import until
 
 CALLER = Caller("t", "k", "m")
 DAY = "meshlm:{t}:key:k:micros_per_day"
@@ -156,7 +156,7 @@ async def test_what_came_too_late_is_charged_once_when_the_store_is_quick_again(
         await book.ledger.settle(last, Usage())
         return last.mode == "shared"
 
-    await eventually(shared)
+    await until(shared)
     await until(lambda: not book.ledger._owed)
     await book.ledger.stop()
     assert int(await state.get(DAY)) == used
@@ -201,7 +201,7 @@ async def test_a_cancelled_question_does_not_keep_the_others_from_asking(client:
         clock.now += 1.5
         return (await book.reserve(1)).mode == "shared"
 
-    await eventually(shared)
+    await until(shared)
 
 
 class TestAWholeRouter:

@@ -20,8 +20,9 @@ from meshlm.router.accounts.ledger import SLICE
 from meshlm.router.config import KeyConfig, PriceConfig
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
-from tests.router.conftest import key
-from tests.router.test_pipeline import collect, failure, text_of, until
+from tests.router.calls import collect, failure, text_of
+from tests.router.mesh import key
+from tests.waiting import until
 
 BUDGET = 1000
 DAY = "meshlm:{t}:key:k:micros_per_day"

@@ -16,8 +16,9 @@ from meshlm.chassis.errors import MeshError
 from meshlm.chassis.state import connect
 from meshlm.router.accounts.ledger import Ledger
 from meshlm.router.accounts.limits import Kind, Usage
-from tests.router.book import Book, key, until
-from tests.router.conftest import run_valkey
+from tests.router.book import Book, key
+from tests.router.valkey import run_valkey
+from tests.waiting import until
 
 
 async def test_only_the_emergency_share_passes(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.router.config import KeyConfig, TenantConfig
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
-from tests.router.conftest import Mesh, key
-from tests.router.test_pipeline import collect
+from tests.router.calls import collect
+from tests.router.mesh import Mesh, key
 
 Ask = Callable[[Mesh], Awaitable[Any]]
 

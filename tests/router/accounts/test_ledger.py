@@ -18,8 +18,9 @@ from meshlm.router.accounts.ledger import SLICE
 from meshlm.router.accounts.limits import CONFIGURED, Kind, Usage
 from meshlm.router.accounts.reservation import Reservation
 from meshlm.router.config import LimitConfig, TenantConfig
-from tests.router.book import PRICE, Book, key, until
-from tests.router.conftest import run_valkey
+from tests.router.book import PRICE, Book, key
+from tests.router.valkey import run_valkey
+from tests.waiting import until
 
 LIMITED = key(requests_per_minute=5, tokens_per_minute=1000)
 

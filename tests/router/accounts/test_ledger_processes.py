@@ -13,7 +13,8 @@ from redis.asyncio import Redis
 
 from meshlm.router.accounts.limits import Usage
 from tests.router import spender
-from tests.router.book import Book, key, until
+from tests.router.book import Book, key
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -18,7 +18,7 @@ from meshlm.router.replicas.config import ReplicaConfig
 from meshlm.router.replicas.ejections import Ballot, Ejections, voter_of
 from meshlm.router.replicas.fleet import Fleet
 from tests.router.fleets import Clock, fleet
-from tests.router.test_pipeline import until
+from tests.waiting import until
 
 WANTED = Wanted(model="m")
 

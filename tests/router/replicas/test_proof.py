@@ -16,7 +16,8 @@ from meshlm.router.replicas.proof_config import ProofConfig
 from meshlm.router.replicas.quarantine import Register
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
-from tests.router.test_pipeline import collect, until
+from tests.router.calls import collect
+from tests.waiting import until
 
 numbers = st.lists(st.floats(-50, 0), min_size=1, max_size=30)
 

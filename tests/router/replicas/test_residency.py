@@ -15,7 +15,7 @@ from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.router.config import KeyConfig, RouterConfig, TenantConfig
 from meshlm.router.replicas.residency import Regions, Residency
 from meshlm.v1 import inference_pb2
-from tests.router.conftest import Mesh, key
+from tests.router.mesh import Mesh, key
 
 
 async def tell_region(mesh: Mesh, *regions: str) -> None:

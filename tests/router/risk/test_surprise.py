@@ -22,8 +22,9 @@ from meshlm.router.risk.ngrams import BACKOFF_FROM, ENTROPY_NATS, NATS, ORDER, B
 from meshlm.router.risk.surprise import WINDOW, Estimator, Surprise, ends_of, peak, risk_of
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2
-from tests.router.conftest import Mesh, key
-from tests.router.test_pipeline import collect, failure, until
+from tests.router.calls import collect, failure
+from tests.router.mesh import Mesh, key
+from tests.waiting import until
 
 PROSE = (
     "The harbour lay quiet in the early morning, and only two of the smaller boats had gone out. On the pier a man "

@@ -28,8 +28,11 @@ from meshlm.router.risk.vigilance import Vigilance
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
-from tests.router.conftest import SECRET, run_valkey
-from tests.router.test_pipeline import collect, failure, tokens_charged, until
+from tests.router.book import tokens_charged
+from tests.router.calls import collect, failure
+from tests.router.mesh import SECRET
+from tests.router.valkey import run_valkey
+from tests.waiting import until
 
 ALLOW, FLAG, BLOCK = pb.Verdict.ACTION_ALLOW, pb.Verdict.ACTION_FLAG, pb.Verdict.ACTION_BLOCK
 CALLER = Caller("t", "k", "m")

@@ -13,8 +13,10 @@ from meshlm.chassis.errors import MeshError, Reason
 from meshlm.router.config import KeyConfig, PriceConfig
 from meshlm.router.routing.config import RouteConfig, RuleConfig, ShadowConfig, TargetConfig
 from meshlm.v1 import generation_pb2 as pb
-from tests.router.conftest import Mesh, key
-from tests.router.test_pipeline import collect, failure, text_of, tokens_charged, until
+from tests.router.book import tokens_charged
+from tests.router.calls import collect, failure, text_of
+from tests.router.mesh import Mesh, key
+from tests.waiting import until
 
 
 def route(share: float = 1.0, **more: Any) -> RouteConfig:

@@ -22,8 +22,10 @@ from meshlm.router.routing.confidence import doubt_of
 from meshlm.router.routing.config import ComplexityConfig, RouteConfig, RuleConfig
 from meshlm.router.streams.config import StreamsConfig
 from meshlm.v1 import inference_pb2
-from tests.router.conftest import Mesh, key
-from tests.router.test_pipeline import collect, failure, text_of, tokens_charged, until
+from tests.router.book import tokens_charged
+from tests.router.calls import collect, failure, text_of
+from tests.router.mesh import Mesh, key
+from tests.waiting import until
 
 PRICES = {
     "m": PriceConfig(prompt=1_000_000, completion=1_000_000),

@@ -10,7 +10,8 @@ import pytest
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.router.streams.config import StreamsConfig
 from meshlm.router.streams.hedging import Hedges
-from tests.router.test_pipeline import collect, failure, text_of, until
+from tests.router.calls import collect, failure, text_of
+from tests.waiting import until
 
 
 def test_nothing_is_hedged_before_enough_is_known_and_then_by_the_percentile_of_such_prompts() -> None:

@@ -14,7 +14,7 @@ from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.router.streams.config import StreamsConfig
 from meshlm.router.streams.retries import RetryBudget
 from meshlm.v1 import generation_pb2 as pb
-from tests.router.test_pipeline import collect, failure, text_of
+from tests.router.calls import collect, failure, text_of
 
 
 def test_a_tenth_of_requests_may_be_retried_and_no_more() -> None:

@@ -10,8 +10,9 @@ import pytest
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.router.streams.config import StreamsConfig
 from meshlm.v1 import inference_pb2
-from tests.router.conftest import Mesh
-from tests.router.test_pipeline import collect, failure, text_of, until
+from tests.router.calls import collect, failure, text_of
+from tests.router.mesh import Mesh
+from tests.waiting import until
 
 
 @pytest.fixture
