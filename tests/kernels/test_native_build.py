@@ -41,7 +41,7 @@ class Tree:
             env=inherited | {"PYTHONPATH": str(self.root)} | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             check=False,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import dataclasses
 import hashlib
@@ -318,13 +319,13 @@ class TestChat:
         await screen.shows("".join(WORDS[:2]).strip())
         os.write(master, b"\x03")
         await screen.shows("(cancelled)")
-        await asyncio.wait_for(router.cancelled.wait(), 60)
+        await asyncio.wait_for(router.cancelled.wait(), 120)
         router.stalls_after = None
         await screen.shows("you>")
         os.write(master, b"again\n")
         await screen.shows("".join(WORDS))
         os.write(master, b"\x04")
-        assert await asyncio.wait_for(process.wait(), 60) == 0
+        assert await asyncio.wait_for(process.wait(), 120) == 0
         turns = [(turn.role, turn.content) for turn in router.requests[-1].generation.input.chat.messages]
         assert turns == [("user", "hello"), ("assistant", "".join(WORDS[:2])), ("user", "again")]
 
@@ -350,14 +351,15 @@ class Screen:
     def __init__(self, master: int) -> None:
         self._master = master
         self._unread = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a character may come in two reads
         os.set_blocking(master, False)
 
-    async def shows(self, text: str, seconds: float = 60.0) -> None:
+    async def shows(self, text: str, seconds: float = 120.0) -> None:
         async with asyncio.timeout(seconds):
             while text not in self._unread:
                 await asyncio.sleep(0.02)
                 with contextlib.suppress(BlockingIOError):
-                    self._unread += os.read(self._master, 65_536).decode()
+                    self._unread += self._decoder.decode(os.read(self._master, 65_536))
         self._unread = self._unread.partition(text)[2]
 
 

@@ -58,7 +58,8 @@ class Mesh:
         peers = {"workers": tuple(targets), "guard": f"unix:{folder}/g", "cache": f"unix:{folder}/c"}
         usual = {"aliases": {"alias": "m"}, "guard_seconds": 60.0, "cache_seconds": 60.0}
         self.config = RouterConfig(keys=(holder,), **{**peers, **usual, **config})
-        self.fleet = Fleet(targets, ReplicaConfig(eject_slowness=0.0))  # how quick they are is the machine's matter
+        # How quick they are, and which of them was heard first, is the machine's matter.
+        self.fleet = Fleet(targets, ReplicaConfig(eject_slowness=0.0, slow_start_seconds=0.0))
         self.guards, self.answers = Guards(self.config), Answers(self.config)
         self.guards._redacting[""] = False  # as after a first request: from then on the guard runs beside
         self.ledger = Ledger(state, self.config)

@@ -139,7 +139,7 @@ class Ends:
 
 @pytest.fixture
 async def ends(mesh: Mesh, state: Redis, valkey: str, tmp_path: Path) -> AsyncIterator[Ends]:
-    cache = CacheService(CacheConfig(retry_seconds=0.0), StateConfig(redis_url=valkey))
+    cache = CacheService(CacheConfig(retry_seconds=0.0), StateConfig(redis_url=valkey, timeout_seconds=60.0))
     server = grpc.aio.server(interceptors=[CallInterceptor(Gate())])
     cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, server)
     server.add_insecure_port(f"unix:{tmp_path}/real")

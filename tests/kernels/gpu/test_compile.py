@@ -56,7 +56,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     kernels = Path(compiler.__file__).parents[3]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{folder}:{kernels}", "TRITON_CACHE_DIR": str(folder / "cache")}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=250)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=850)
 
 
 def test_what_is_unfit_is_said_and_why(tmp_path: Path) -> None:
