@@ -36,7 +36,7 @@ def quarantine(store: Any, made: Fleet) -> Quarantine:
 
 
 def ejections(store: Any, made: Fleet) -> Ejections:
-    return Ejections(store, made, ReplicaConfig())
+    return Ejections(store, made, ReplicaConfig(), "router")
 
 
 @pytest.mark.parametrize("make", [quarantine, ejections])
