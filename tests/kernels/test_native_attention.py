@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from meshlm.kernels.native import ops
+from meshlm.kernels.native.cache import Cache, CacheShape
 from meshlm.kernels.native.library import Library, NativeUnavailableError, open_library, supported_isas
 from meshlm.kernels.rope import reference_rope, rope_frequencies
 
@@ -39,7 +40,7 @@ def library(request: pytest.FixtureRequest) -> Library:
 class Sequence:
     """One sequence with its keys and values: (length, kv_heads, head_dim), stored in a poisoned cache."""
 
-    cache: ops.Cache
+    cache: Cache
     table: list[int]
     key: torch.Tensor
     value: torch.Tensor
@@ -64,8 +65,8 @@ def sequence(
         pytest.skip("this library does not multiply pairs here")
     generator = torch.Generator().manual_seed(seed)
     used = -(-length // block_size)
-    shape = ops.CacheShape(2, used + 3, kv_heads, block_size, head_dim, dtype)
-    cache = ops.Cache(library, shape, fill=POISON)
+    shape = CacheShape(2, used + 3, kv_heads, block_size, head_dim, dtype)
+    cache = Cache(library, shape, fill=POISON)
     table = torch.randperm(used + 3, generator=generator)[:used].tolist()
     key, value = torch.randn(2, length, kv_heads, head_dim, generator=generator)
     ops.store(cache, 1, ops.Rows(table=table, start=0, count=length), key, value)
@@ -189,7 +190,7 @@ def test_rows_within_the_sinks_read_nothing_behind_them(library: Library, dtype:
 
 def test_pairs_are_refused_where_they_cannot_be_multiplied() -> None:
     with pytest.raises(ValueError, match="generic code does not multiply pairs of bfloat16"):
-        ops.Cache(open_library("generic"), ops.CacheShape(1, 1, 1, 16, 64, "bfloat16_pairs"))
+        Cache(open_library("generic"), CacheShape(1, 1, 1, 16, 64, "bfloat16_pairs"))
 
 
 def test_tokens_of_a_batch_do_not_see_other_sequences(library: Library) -> None:
@@ -236,8 +237,8 @@ def test_channel_factors_of_keys_change_no_product_and_save_outlier_channels(lib
     q = torch.randn(64, 1, 64, generator=generator)
     q[:, :, 7] /= 50
     errors = []
-    for key_scale in (None, factor):
-        cache = ops.Cache(library, ops.CacheShape(1, 2, 1, 32, 64, "int4"), key_scale, fill=POISON)
+    for key_scale in (None, factor.numpy()):
+        cache = Cache(library, CacheShape(1, 2, 1, 32, 64, "int4"), key_scale, fill=POISON)
         rows = ops.Rows(table=[1, 0], start=0, count=64)
         ops.store(cache, 0, rows, key, value)
         request = ops.Queries(q=q, scale=0.125)

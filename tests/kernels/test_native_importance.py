@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from meshlm.kernels.native import ops
+from meshlm.kernels.native.cache import Cache, CacheShape, compact
 from meshlm.kernels.native.library import Library, NativeUnavailableError, Pool, open_library, supported_isas
 
 
@@ -64,12 +65,12 @@ def test_observed_scores_are_the_probabilities_received(library: Library, dtype:
     generator = torch.Generator().manual_seed(5)
     length, kv_heads, group, head_dim = 203, 2, 3, 64
     table = [6, 2, 9, 0, 7, 4, 3]
-    cache = ops.Cache(library, ops.CacheShape(2, 10, kv_heads, 32, head_dim, dtype), fill=0xFF)
+    cache = Cache(library, CacheShape(2, 10, kv_heads, 32, head_dim, dtype), fill=0xFF)
     key, value = torch.randn(2, length, kv_heads, head_dim, generator=generator)
     ops.store(cache, 1, ops.Rows(table=table, start=0, count=length), key, value)
     q = torch.randn(length, kv_heads * group, head_dim, generator=generator)
     queries = ops.Queries(q=q, scale=0.125, layer=1)
-    scores = cache.scores().fill_(math.nan)
+    scores = torch.from_numpy(cache.scores()).fill_(math.nan)
     wanted = torch.zeros(kv_heads, length, dtype=torch.float64)
     for start, end in [(0, 120), (120, 200), (200, 201), (201, 202), (202, 203)]:
         rows = ops.Rows(table=table, row=start, start=start, count=end - start)
@@ -106,8 +107,8 @@ def test_kept_tokens_are_those_that_matter_unchanged_and_in_order(
     assume(dtype != "bfloat16_pairs" or library.pair_products)
     keep, recent = min(keep, length), min(recent, keep, length)
     generator = torch.Generator().manual_seed(length * 151 + keep)
-    shape = ops.CacheShape(2, 12, 2, 16, 32, dtype)
-    cache, fresh = ops.Cache(library, shape, fill=0xFF), ops.Cache(library, shape, fill=0xFF)
+    shape = CacheShape(2, 12, 2, 16, 32, dtype)
+    cache, fresh = Cache(library, shape, fill=0xFF), Cache(library, shape, fill=0xFF)
     table = torch.randperm(12, generator=generator)[: -(-length // 16)].tolist()
     key, value = torch.randn(2, 2, length, 2, 32, generator=generator)
     scores = torch.rand(2, 12, 2, 16, generator=generator)
@@ -117,7 +118,7 @@ def test_kept_tokens_are_those_that_matter_unchanged_and_in_order(
         ops.store(cache, layer, ops.Rows(table=table, start=0, count=length), key[layer], value[layer])
     before = [by_index(scores, layer, table, length).clone() for layer in range(2)]
     with Pool(library, 2) as pool:
-        ops.compact(pool, cache.struct, table, length, keep=keep, recent=recent, scores=scores, pooling=pooling)
+        compact(pool, cache.struct, table, length, keep=keep, recent=recent, scores=scores.numpy(), pooling=pooling)
     q = ops.Queries(q=torch.randn(1, 4, 32, generator=generator), scale=0.2)
     for layer in range(2):
         kept = torch.tensor([kept_tokens(before[layer][h].tolist(), keep, recent, pooling) for h in range(2)])
@@ -132,17 +133,17 @@ def test_kept_tokens_are_those_that_matter_unchanged_and_in_order(
 
 
 def test_scores_that_are_no_number_do_not_break_the_choice(pool: Pool) -> None:
-    cache = ops.Cache(pool.library, ops.CacheShape(1, 4, 1, 16, 16), fill=0)
+    cache = Cache(pool.library, CacheShape(1, 4, 1, 16, 16), fill=0)
     scores = torch.full((1, 4, 1, 16), math.nan)
     scores[0, :, 0, 5] = 1.0
-    ops.compact(pool, cache.struct, [0, 1, 2, 3], 64, keep=6, recent=2, scores=scores)
+    compact(pool, cache.struct, [0, 1, 2, 3], 64, keep=6, recent=2, scores=scores.numpy())
     assert scores[0, 0, 0, :4].tolist() == [1.0] * 4
 
 
 def test_a_table_too_short_and_an_even_pooling_are_refused(pool: Pool) -> None:
-    cache = ops.Cache(pool.library, ops.CacheShape(1, 4, 1, 16, 16), fill=0)
+    cache = Cache(pool.library, CacheShape(1, 4, 1, 16, 16), fill=0)
     for table, length, pooling in [([0], 17, 1), ([9, 0], 20, 1), ([0, 1], 20, 2), ([0, 1], 20, 0)]:
         with pytest.raises(ValueError, match=r"a table of|pooling"):
-            ops.compact(
+            compact(
                 pool, cache.struct, table, length, keep=4, recent=1, scores=cache.scores(), pooling=pooling
             )  # fmt: skip

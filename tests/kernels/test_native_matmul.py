@@ -18,8 +18,9 @@ from meshlm.kernels.native.matmul import (
     reference_multiply,
     reference_quantize_activations,
 )
-from meshlm.kernels.native.matrix import Format, PackedMatrix, pack
+from meshlm.kernels.native.matrix import pack
 from meshlm.kernels.native.memory import ALIGNMENT, Arena
+from meshlm.kernels.native.packed import Format, PackedMatrix
 from meshlm.kernels.quantize import GROUP, GroupQuantized, dequantize
 
 EPSILON = 2.0**-24  # a float32 operation's largest relative error

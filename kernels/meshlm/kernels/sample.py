@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from meshlm.kernels.native.structures import NO_TOKEN as NO_TOKEN
+
 COLDEST = 1e-5  # a lower temperature draws the same token, and would divide logits to infinity
-NO_TOKEN = -1  # what is drawn of a row that is no distribution: a logit is no number, or none is above -inf
 SEEN_IN_PROMPT = 1  # of an entry of `counts`; the rest is OUTPUT times the tokens that were drawn
 OUTPUT = 2
 

@@ -20,8 +20,9 @@ from meshlm.kernels.gpu.capabilities import shared_limit
 from meshlm.worker.engine import gpu_load
 from meshlm.worker.engine.engine import Engine
 from meshlm.worker.engine.gpu_warm_up import warm_up
-from meshlm.worker.engine.load import RunnerSettings, load_runner
+from meshlm.worker.engine.load import load_runner
 from meshlm.worker.engine.scheduler import SchedulerSettings
+from meshlm.worker.engine.settings import RunnerSettings
 from meshlm.worker.messages import Limits, Sampling, Submit
 
 compiled: list[str] = []

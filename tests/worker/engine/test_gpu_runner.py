@@ -16,10 +16,10 @@ from meshlm.worker.engine.gpu_graphs import DecodeGraphs, ladder
 from meshlm.worker.engine.gpu_inputs import StepShape, device_inputs
 from meshlm.worker.engine.gpu_memory import MemoryNeeds
 from meshlm.worker.engine.gpu_runner import GpuRunner
-from meshlm.worker.engine.load import RunnerSettings, load_runner
+from meshlm.worker.engine.load import load_runner
 from meshlm.worker.engine.scheduler import SchedulerSettings
 from meshlm.worker.engine.sequence import Chunk, ChunkPool, ChunkScores, Sequence
-from meshlm.worker.engine.settings import SettingsError
+from meshlm.worker.engine.settings import RunnerSettings, SettingsError
 from meshlm.worker.messages import Finish, Limits, NewToken, Sampling, Submit
 
 pytest.importorskip("triton")

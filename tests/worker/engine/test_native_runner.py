@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from meshlm.worker.engine.load import RunnerSettings, load_runner
+from meshlm.worker.engine.load import load_runner
 from meshlm.worker.engine.native_runner import NativeRunner
 from meshlm.worker.engine.sequence import Chunk, ChunkPool, ChunkScores, Sampled, Sequence, StepOutOfMemory
+from meshlm.worker.engine.settings import RunnerSettings
 from meshlm.worker.messages import KvBudget, Limits, Sampling, Submit
 
 transformers = pytest.importorskip("transformers")
@@ -76,11 +77,15 @@ def chunks_of(one: Sequence, cuts: list[int]) -> list[Chunk]:
     return [Chunk(one, a, b - a, b == len(one.tokens)) for a, b in itertools.pairwise(edges)]
 
 
+def logits_of(runner: Any, chunks: list[Chunk]) -> torch.Tensor:
+    return torch.as_tensor(runner.logits(chunks))
+
+
 def last_logits(
     runner: NativeRunner, one: Sequence, cuts: list[int], others: list[Chunk] | None = None
 ) -> torch.Tensor:
     for chunk in chunks_of(one, cuts):
-        out = runner.logits([*(others or []), chunk])
+        out = logits_of(runner, [*(others or []), chunk])
     return out[-1]
 
 
@@ -190,12 +195,12 @@ def test_a_window_gives_what_the_kept_tokens_alone_give(one_layer: Path) -> None
     tokens = random_tokens(120)
     budgeted = sequence(tokens, kv=KvBudget(policy="window", tokens=64, sinks=16))
     for chunk in chunks_of(budgeted, [96])[:1]:
-        runner.logits([chunk])
+        logits_of(runner, [chunk])
     budgeted.computed = 96
     del budgeted.blocks[1:4]  # what the scheduler does: three blocks behind the sinks go
     budgeted.evicted = 48
     kept = tokens[:16] + tokens[64:]
-    ours = runner.logits([Chunk(budgeted, 96, 24, True)])[0]
+    ours = logits_of(runner, [Chunk(budgeted, 96, 24, True)])[0]
     torch.testing.assert_close(ours, last_logits(runner, sequence(kept, 20), []), atol=1e-4, rtol=1e-4)
 
 
@@ -207,12 +212,12 @@ def test_compaction_keeps_the_token_that_matters_and_the_latest(one_layer: Path)
     def next_logits(keep: int | None) -> torch.Tensor:
         one = sequence(tokens[:96], kv=budget)
         one.tokens.append(tokens[96])
-        runner.logits([Chunk(one, 0, 96, False)])
+        logits_of(runner, [Chunk(one, 0, 96, False)])
         one.computed = 96
         if keep is not None:
             runner.compact(one, keep)
             one.evicted = 96 - keep
-        return torch.log_softmax(runner.logits([Chunk(one, 96, 1, True)])[0], -1)
+        return torch.log_softmax(logits_of(runner, [Chunk(one, 96, 1, True)])[0], -1)
 
     full, most, half = next_logits(None), next_logits(92), next_logits(48)
     assert torch.equal(full, next_logits(96))
@@ -234,14 +239,14 @@ def test_what_a_prompt_keeps_by_importance_does_not_depend_on_its_cuts_nor_on_wh
         one.tokens += random_tokens(14, seed=1)
         edges = [0, *cuts, *range(100, 114)]
         for start, end in itertools.pairwise(edges):
-            runner.logits([Chunk(one, start, end - start, False)])
+            logits_of(runner, [Chunk(one, start, end - start, False)])
             one.computed = end
             if end >= 100 and end - one.evicted > 48:
                 evicted = 64 if end == 100 else 80
                 runner.compact(one, end - evicted)
                 one.evicted = evicted
         assert one.evicted == 80
-        return runner.logits([Chunk(one, 113, 1, True)])[0]
+        return logits_of(runner, [Chunk(one, 113, 1, True)])[0]
 
     whole = next_logits([])
     assert torch.isfinite(whole).all()
@@ -256,7 +261,7 @@ def test_a_prompt_is_scored_by_its_last_queries_alone(folder: Path) -> None:
     one = sequence(random_tokens(100), kv=KvBudget(policy="importance", tokens=48))
     runner.decoder.importance[:, one.blocks] = 7.0
     for chunk in chunks_of(one, [60]):
-        runner.logits([chunk])
-    scores = runner.decoder.importance[:, one.blocks].transpose(1, 2).flatten(2)[..., :100]
+        logits_of(runner, [chunk])
+    scores = torch.from_numpy(runner.decoder.importance[:, one.blocks]).transpose(1, 2).flatten(2)[..., :100]
     # Each of the 32 queries of the 2 heads that share a kv head spreads a probability of 1.
     torch.testing.assert_close(scores.sum(-1), torch.full(scores.shape[:2], 64.0), atol=1e-2, rtol=0)

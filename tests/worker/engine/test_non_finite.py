@@ -14,8 +14,9 @@ import torch
 from structlog.testing import capture_logs
 
 from meshlm.worker.engine.engine import Engine
-from meshlm.worker.engine.load import RunnerSettings, load_runner
+from meshlm.worker.engine.load import load_runner
 from meshlm.worker.engine.scheduler import SchedulerSettings
+from meshlm.worker.engine.settings import RunnerSettings
 from meshlm.worker.messages import Embedded, Finish, Limits, NewToken, Sampling, Scored, Submit
 
 pytest.importorskip("triton")

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from meshlm.worker.engine.engine import Engine
-from meshlm.worker.engine.load import RunnerSettings, SettingsError, load_runner
+from meshlm.worker.engine.load import load_runner
 from meshlm.worker.engine.scheduler import SchedulerSettings
 from meshlm.worker.engine.sequence import Chunk, Sequence, StepOutOfMemory
+from meshlm.worker.engine.settings import RunnerSettings, SettingsError
 from meshlm.worker.loading.opening import open_checkpoint
 from meshlm.worker.messages import Limits, Sampling, Submit
 from meshlm.worker.text.chat_template import ChatTemplate
@@ -116,7 +117,7 @@ def test_greedy_tokens_and_logits_equal_transformers(runner: Any, reference: Any
         # Teacher forcing on our own tokens: their choice at each place, without 64 steps of generate.
         assert expected[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
         [one] = sequences([prompt + tokens], temperature=0.0)
-        last = runner.logits([Chunk(one, 0, len(one.tokens), True)])[0]
+        last = torch.as_tensor(runner.logits([Chunk(one, 0, len(one.tokens), True)])[0])
         torch.testing.assert_close(last, expected[-1], atol=1e-3, rtol=0)
 
 
@@ -129,7 +130,7 @@ def test_quantized_activations_and_keys_keep_the_models_distribution(
     divergence = []
     for prompt in prompts:
         [one] = sequences([prompt])
-        ours = torch.log_softmax(runner.logits([Chunk(one, 0, len(prompt), True)])[0], -1)
+        ours = torch.log_softmax(torch.as_tensor(runner.logits([Chunk(one, 0, len(prompt), True)])[0]), -1)
         with torch.no_grad():
             theirs = torch.log_softmax(reference(torch.tensor([prompt])).logits[0, -1], -1)
         divergence.append(float((theirs.exp() * (theirs - ours)).sum()))

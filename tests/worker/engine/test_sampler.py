@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from meshlm.worker.engine.sampler import Sampler, filter_logits, uniform
+from meshlm.worker.engine.draws import uniform
+from meshlm.worker.engine.sampler import Sampler, filter_logits
 from meshlm.worker.engine.sequence import Sequence
 from meshlm.worker.messages import Limits, Sampling, Submit
 

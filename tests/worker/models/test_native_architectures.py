@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from meshlm.worker.engine.load import MOST_EXPERTS, RunnerSettings, SettingsError, load_runner
+from meshlm.worker.engine.load import load_runner
+from meshlm.worker.engine.native_load import MOST_EXPERTS
 from meshlm.worker.engine.native_runner import NativeRunner
 from meshlm.worker.engine.sequence import Chunk, Sequence
+from meshlm.worker.engine.settings import RunnerSettings, SettingsError
 from meshlm.worker.messages import Limits, Sampling, Submit
 from tests.worker.models.decoding import their_logits
 from tests.worker.models.test_architectures import FOLDERS_ONLY, MODELS, TOKENS, make
@@ -40,7 +42,7 @@ def logits_at_cuts(runner: NativeRunner) -> torch.Tensor:
     request = Submit(id="x", prompt=TOKENS, sampling=Sampling(), limits=Limits(max_tokens=1))
     one = Sequence(request, list(TOKENS), blocks=list(range(10, 0, -1)))
     chunks = [Chunk(one, start, end - start, True) for start, end in itertools.pairwise(CUTS)]
-    return torch.cat([runner.logits([chunk]) for chunk in chunks])
+    return torch.cat([torch.from_numpy(runner.logits([chunk])) for chunk in chunks])
 
 
 @pytest.mark.parametrize("name", [*MODELS, *FOLDERS_ONLY])

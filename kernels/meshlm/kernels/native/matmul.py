@@ -14,7 +14,7 @@ import torch
 
 from meshlm.kernels.native import structures
 from meshlm.kernels.native.library import Library, Pool, open_library
-from meshlm.kernels.native.matrix import Format, PackedMatrix
+from meshlm.kernels.native.packed import Format, PackedMatrix
 from meshlm.kernels.quantize import GROUP, GroupQuantized, dequantize
 
 _MATRIX = ctypes.POINTER(structures.Matrix)

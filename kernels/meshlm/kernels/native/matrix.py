@@ -1,9 +1,8 @@
-"""Weights in the layout that the native products read (`src/matrix.h`)."""
+"""Weights of torch in the layout that the native products read (`src/matrix.h`)."""
 
 from __future__ import annotations
 
 import ctypes
-import enum
 from ctypes import c_void_p
 
 import torch
@@ -11,47 +10,10 @@ import torch
 from meshlm.kernels.native import structures
 from meshlm.kernels.native.library import Library, open_library
 from meshlm.kernels.native.memory import Arena
+from meshlm.kernels.native.packed import Format, PackedMatrix
 from meshlm.kernels.quantize import GROUP, GroupQuantized
 
-BLOCK = 16  # rows that lie together
 _MATRIX = ctypes.POINTER(structures.Matrix)
-
-
-class Format(enum.IntEnum):
-    """How a weight is kept; the numbers are those of `src/matrix.h`."""
-
-    F32 = 0
-    BF16 = 1
-    Q8 = 2
-    Q4 = 3
-    Q4M = 4
-
-
-_GROUP_BYTES = {Format.Q8: 544, Format.Q4: 288, Format.Q4M: 320}  # of BLOCK rows
-_ITEM_BYTES = {Format.F32: 4, Format.BF16: 2}
-
-
-class PackedMatrix:
-    """A weight (rows, cols) in native memory, which lives as long as this object.
-
-    handle: the structure that native functions take; copies of it are valid as long as this object lives.
-    """
-
-    def __init__(self, form: Format, rows: int, cols: int, arena: Arena) -> None:
-        """Memory for the matrix, all zeros; `pack` fills it."""
-        self.format = form
-        self.rows = rows
-        self.cols = cols
-        blocks = -(-rows // BLOCK)
-        if form in _ITEM_BYTES:
-            self.nbytes = blocks * BLOCK * cols * _ITEM_BYTES[form]
-        else:
-            self.nbytes = blocks * (cols // GROUP) * _GROUP_BYTES[form]
-        self._memory = arena.allocate(self.nbytes)
-        self.handle = structures.Matrix(form, rows, cols, 0, ctypes.addressof(self._memory))
-
-    def __repr__(self) -> str:
-        return f"PackedMatrix({self.format.name}, {self.rows} x {self.cols})"
 
 
 def pack(

@@ -9,6 +9,7 @@ import ctypes
 from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 
 SILU, GELU_TANH = 0, 1
+NO_TOKEN = -1  # what is drawn of a row that is no distribution: a logit is no number, or none is above -inf
 KV_FLOAT32, KV_BFLOAT16, KV_BFLOAT16_PAIRS, KV_INT8, KV_INT4 = range(5)
 
 

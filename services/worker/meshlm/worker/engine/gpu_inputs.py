@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from meshlm.worker.engine.draws import uniform
 from meshlm.worker.engine.flight import Row
-from meshlm.worker.engine.sampler import uniform
 from meshlm.worker.engine.sequence import Chunk
 
 _MOST_TOP_K = 1 << 30  # a request may ask for more than an int32 holds

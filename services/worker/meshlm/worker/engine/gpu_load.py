@@ -56,7 +56,7 @@ def _load(settings: RunnerSettings, checkpoint: Checkpoint, progress: LoadProgre
 
     def facts(blocks: int) -> ModelFacts:
         return ModelFacts(
-            **model_facts(settings, checkpoint, blocks, block_bytes),
+            **model_facts(settings, checkpoint.config, blocks, block_bytes),
             weight_bytes=model.weight_bytes,
             quantization=matrices.name,
             kv_dtype=kv_format,

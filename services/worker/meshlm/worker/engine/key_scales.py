@@ -11,12 +11,12 @@ import math
 from array import array
 from dataclasses import replace
 
-import torch
+import numpy as np
 
 from meshlm.kernels.native import structures as c
+from meshlm.kernels.native.cache import Cache, CacheShape, Floats
 from meshlm.kernels.native.library import Library, Pool
-from meshlm.kernels.native.matrix import PackedMatrix
-from meshlm.kernels.native.ops import Cache, CacheShape
+from meshlm.kernels.native.packed import PackedMatrix
 from meshlm.worker.models.decoder import Decoder
 from meshlm.worker.models.native_decoder import NativeDecoder
 
@@ -27,22 +27,22 @@ _QUANTILE = 0.99
 _EXPONENT = 0.75  # between equal channels (1) and equal scales (0)
 
 
-def key_scales(
-    decoder: Decoder[PackedMatrix], library: Library, pool: Pool, shape: CacheShape, context: int
-) -> torch.Tensor:
-    """(layers, kv_heads, head_dim) float32, for a cache of this shape.
+def key_scales(decoder: Decoder[PackedMatrix], library: Library, pool: Pool, shape: CacheShape, context: int) -> Floats:
+    """(layers, kv_heads, head_dim), for a cache of this shape.
 
     The tokens are random: which channels are large hardly depends on the text, and a model's file need not have a
     tokenizer for it. context: most tokens that the model reads.
     """
     count = min(_TOKENS, context)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(decoder.config.vocab_size, (count,), generator=generator).tolist()
+    words = np.random.RandomState(0).randint(0, 1 << 32, count, np.uint32)  # as torch's generator draws them
+    tokens = (words % decoder.config.vocab_size).tolist()
     blocks = -(-count // shape.block_size)
     cache = Cache(library, replace(shape, dtype="float32", blocks=blocks))
     _compute(NativeDecoder(decoder, cache, library, pool, max_rows=count, max_outputs=1), tokens, blocks)
-    magnitudes = _keys(cache, count).abs().kthvalue(math.ceil(_QUANTILE * count), -1).values
-    return magnitudes.clamp_min(1e-6).pow(_EXPONENT).contiguous()
+    place = math.ceil(_QUANTILE * count) - 1
+    magnitudes = np.partition(np.abs(_keys(cache, count)), place, axis=-1)[..., place]
+    scales: Floats = np.maximum(magnitudes, 1e-6) ** np.float32(_EXPONENT)
+    return np.ascontiguousarray(scales, np.float32)
 
 
 def _compute(decoder: NativeDecoder, tokens: list[int], blocks: int) -> None:
@@ -54,11 +54,13 @@ def _compute(decoder: NativeDecoder, tokens: list[int], blocks: int) -> None:
     decoder.close()
 
 
-def _keys(cache: Cache, count: int) -> torch.Tensor:
+def _keys(cache: Cache, count: int) -> Floats:
     """The cached keys of the first `count` tokens: (layers, kv_heads, head_dim, count)."""
     shape = cache.shape
     pieces = shape.block_size // _PIECE
-    blocks = cache.data.view(torch.float32).view(shape.layers, shape.blocks, shape.kv_heads, pieces, -1)
-    keys = blocks[..., : shape.head_dim * _PIECE].view(*blocks.shape[:4], shape.head_dim, _PIECE)
-    # (layers, blocks, kv_heads, pieces, head_dim, PIECE): tokens run over blocks, pieces, and within a piece.
-    return keys.permute(0, 2, 4, 1, 3, 5).flatten(3)[..., :count]
+    blocks = cache.data.view(np.float32).reshape(shape.layers, shape.blocks, shape.kv_heads, pieces, -1)
+    keys = blocks[..., : shape.head_dim * _PIECE].reshape(*blocks.shape[:4], shape.head_dim, _PIECE)
+    # (layers, kv_heads, head_dim, blocks, pieces, PIECE): tokens run over blocks, pieces, and within a piece.
+    tokens_last = keys.transpose(0, 2, 4, 1, 3, 5)
+    found: Floats = tokens_last.reshape(*tokens_last.shape[:3], -1)[..., :count]
+    return found

@@ -7,14 +7,14 @@ import struct
 from array import array
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from meshlm.kernels.native import structures as c
+from meshlm.kernels.native.cache import POOLING, compact
 from meshlm.kernels.native.memory import ALIGNMENT
-from meshlm.kernels.native.ops import POOLING, compact
+from meshlm.worker.engine.adjustments import Adjustments
 from meshlm.worker.engine.budgets import OBSERVED
-from meshlm.worker.engine.sampler import Sampler, told, uniform
+from meshlm.worker.engine.draws import adjusts, told, uniform
 from meshlm.worker.engine.sequence import (
     Chunk,
     ChunkPool,
@@ -44,7 +44,7 @@ class NativeRunner:
         """max_rows: tokens of a step; max_outputs: sequences of a step."""
         self._decoder = decoder
         self._facts = facts
-        self._sampler = Sampler()
+        self._adjustments = Adjustments()
         self._logits = _aligned(max_outputs, facts.vocab_size)
         self._spans = bytearray(_SPAN.size * max_rows)
         self._draws = bytearray(_DRAW.size * max_outputs)
@@ -69,17 +69,17 @@ class NativeRunner:
     def run(self, chunks: list[Chunk]) -> list[Outcome]:
         """See `Runner.run`."""
         drawing = [chunk.sequence for chunk in chunks if chunk.sample]
-        careful = any(self._sampler.adjusts(sequence) for sequence in drawing)
+        careful = any(adjusts(sequence) for sequence in drawing)
         tasks = _Tasks(chunks, self._decoder.config.hidden_size)
         self._run(chunks, drawing, tasks, draw=bool(drawing) and not careful)
         sampled = iter(self._draw_carefully(drawing) if careful else self._drawn_tokens(len(drawing)))
         return [next(sampled) if chunk.sample else tasks.outcome(chunk) for chunk in chunks]
 
-    def logits(self, chunks: list[Chunk]) -> torch.Tensor:
+    def logits(self, chunks: list[Chunk]) -> NDArray[np.float32]:
         """Store keys and values of the chunks; logits of those that sample, in order: (samples, vocab) float32."""
         drawing = [chunk.sequence for chunk in chunks if chunk.sample]
         self._run(chunks, drawing, _Tasks([], 0), draw=False)
-        return torch.from_numpy(self._logits[: len(drawing)].copy())
+        return self._logits[: len(drawing)].copy()
 
     def compact(self, sequence: Sequence, keep: int) -> None:
         """See `Runner.compact`."""
@@ -96,7 +96,7 @@ class NativeRunner:
         )
 
     def forget(self, sequence: Sequence) -> None:
-        self._sampler.forget(sequence)
+        self._adjustments.forget(sequence)
 
     # One step
 
@@ -171,8 +171,8 @@ class NativeRunner:
         return told(self._drawn[:count].tolist(), {})
 
     def _draw_carefully(self, drawing: list[Sequence]) -> list[Sampled | NonFinite]:
-        """Where some ask for penalties, bias or log-probabilities: these in torch, then the same native draw."""
-        reports = self._sampler.prepare(torch.from_numpy(self._logits[: len(drawing)]), drawing)
+        """Where some ask for penalties, bias or log-probabilities: these in numpy, then the same native draw."""
+        reports = self._adjustments.prepare(self._logits[: len(drawing)], drawing)
         self._fill_draws(drawing)
         self._sample(
             self._logits.ctypes.data,

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import structlog
@@ -28,6 +28,9 @@ from meshlm.worker.engine.sequence import Runner
 from meshlm.worker.fake import FakeRunner, FakeSettings
 from meshlm.worker.loading.errors import ModelFileError
 from meshlm.worker.messages import Cancel, FromEngine, Goodbye, Loading, Ready, Stop, Submit, ToEngine
+
+if TYPE_CHECKING:
+    from meshlm.worker.engine.settings import LoadProgress, RunnerSettings
 
 HEARTBEAT_SECONDS = 1.0
 GOODBYE_MS = 2000  # time for the last messages to leave
@@ -115,7 +118,7 @@ def arrivals(receive: Callable[[float], list[ToEngine]], sleep: Callable[[float]
 
 
 def load(settings: ProcessSettings, line: Line) -> Runner:
-    """The runner that the settings name. torch is imported here, so that a fake starts in a moment."""
+    """The runner that the settings name. What runs models is imported here, so that a fake starts in a moment."""
 
     def progress(stage: str, done: int, total: int) -> None:
         line.send(Loading(stage=stage, done=done, total=total))
@@ -123,19 +126,27 @@ def load(settings: ProcessSettings, line: Line) -> Runner:
     progress("load", 0, 1)
     if settings.kind == "fake":
         return FakeRunner(msgspec.convert(settings.runner, FakeSettings))
-    from meshlm.worker.engine.load import load_runner
-    from meshlm.worker.engine.settings import RunnerSettings, SettingsError
+    from meshlm.worker.engine.settings import SettingsError, runner_settings
 
     try:
-        return load_runner(msgspec.convert(settings.runner, RunnerSettings, dec_hook=_from_builtin), progress)
+        return _load_model(runner_settings(settings.runner), settings, progress)
     except (ModelFileError, SettingsError) as error:
         log.error("the model cannot be run", reason=str(error))  # no prompt can be in there
         raise
 
 
-def _from_builtin(kind: type, value: Any) -> Any:
-    """For the field types that JSON does not know: paths."""
-    return kind(value)
+def _load_model(runner: RunnerSettings, settings: ProcessSettings, progress: LoadProgress) -> Runner:
+    """What computes natively stays free of torch: another process reads the model."""
+    from meshlm.worker.engine.loaded import loading
+    from meshlm.worker.engine.native_load import native_library, native_runner
+
+    library = native_library(runner)
+    if library is not None:
+        with loading(settings.runner, settings.log_level, settings.log_format) as model:
+            return native_runner(runner, model, library, progress)
+    from meshlm.worker.engine.load import load_torch_runner
+
+    return load_torch_runner(runner, progress)
 
 
 def tie_to_parent(parent: int) -> None:

@@ -12,25 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from meshlm.kernels.sample import NO_TOKEN
-from meshlm.worker.engine.sequence import NON_FINITE, NonFinite, Sampled, Sequence
+from meshlm.kernels.native.structures import NO_TOKEN
+from meshlm.worker.engine.draws import penalized, told, uniform
+from meshlm.worker.engine.sequence import NonFinite, Sampled, Sequence
 from meshlm.worker.messages import Sampling, TokenLogprob
 
 _CANDIDATES = 256  # top-p looks at this many tokens before it sorts the whole vocabulary
 _COLDEST = 1e-5  # a lower temperature draws the same token, and would divide logits to infinity
-_MASK64 = (1 << 64) - 1
-
-
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) from two integers: two rounds of SplitMix64's finalizer (Steele et al. 2014)."""
-    return (_mix(_mix(seed & _MASK64) ^ (index & _MASK64)) >> 11) * 2.0**-53
-
-
-def _mix(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
 
 
 @dataclass(slots=True)
@@ -76,16 +64,6 @@ class Sampler:
         tokens = [NO_TOKEN if wrong else token for token, wrong in zip(tokens, broken, strict=True)]
         return told(tokens, reports)
 
-    def adjusts(self, sequence: Sequence) -> bool:
-        """Whether `prepare` has anything to do for the next token of a sequence."""
-        sampling, limits = sequence.request.sampling, sequence.request.limits
-        return bool(
-            sampling.logprobs is not None
-            or sampling.logit_bias
-            or _penalized(sampling)
-            or sequence.output_length < limits.min_tokens
-        )
-
     @torch.inference_mode()
     def prepare(self, logits: torch.Tensor, sequences: list[Sequence]) -> dict[int, Report]:
         """What comes before temperature and draw: bias, penalties and minimum length, in place on (rows, vocab) logits;
@@ -106,7 +84,7 @@ class Sampler:
             row[list(limits.stop_token_ids)] = -torch.inf
         if sampling.logit_bias:
             row[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()), device=row.device)
-        if not _penalized(sampling):
+        if not penalized(sampling):
             return
         counts = self._counts.get(id(sequence))
         if counts is None:
@@ -120,10 +98,6 @@ class Sampler:
         row.sub_(counts.output.clamp(max=1), alpha=sampling.presence_penalty)
 
 
-def _penalized(sampling: Sampling) -> bool:
-    return sampling.repetition_penalty != 1.0 or bool(sampling.presence_penalty or sampling.frequency_penalty)
-
-
 class Report:
     """Log-probabilities of one row as the model gave them, kept before the row is overwritten."""
 
@@ -135,14 +109,6 @@ class Report:
         values, ids = self._logprobs.topk(self._count)
         top = tuple(TokenLogprob(int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
         return Sampled(token, float(self._logprobs[token]), top)
-
-
-def told(tokens: list[int], reports: dict[int, Report]) -> list[Sampled | NonFinite]:
-    """Drawn tokens as outcomes, each with its row's report where there is one."""
-    return [
-        NON_FINITE if token == NO_TOKEN else reports[row].sampled(token) if row in reports else Sampled(token)
-        for row, token in enumerate(tokens)
-    ]
 
 
 def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:

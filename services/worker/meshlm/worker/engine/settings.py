@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from meshlm.worker.loading.checkpoint import Checkpoint
+import msgspec
+
+from meshlm.worker.models.config import ModelConfig
 
 MOST_KV_MEMORY = 1 << 30  # bytes, on a CPU where nothing is said
 
@@ -47,6 +49,16 @@ class RunnerSettings:
         return "bfloat16" if self.device.startswith("cuda") else "float32"
 
 
+def runner_settings(fields: dict[str, Any]) -> RunnerSettings:
+    """From what JSON makes of them. Raises msgspec.ValidationError."""
+    return msgspec.convert(fields, RunnerSettings, dec_hook=_from_builtin)
+
+
+def _from_builtin(kind: type, value: Any) -> Any:
+    """For the field types that JSON does not know: paths."""
+    return kind(value)
+
+
 def wanted_blocks(settings: RunnerSettings, context: int, block_bytes: int) -> int:
     """KV blocks as the settings want them; where they say nothing, for one text of the whole context, in at most
     MOST_KV_MEMORY. Raises SettingsError: no room for a single one."""
@@ -60,9 +72,8 @@ def wanted_blocks(settings: RunnerSettings, context: int, block_bytes: int) -> i
     return memory // block_bytes
 
 
-def model_facts(settings: RunnerSettings, checkpoint: Checkpoint, blocks: int, block_bytes: int) -> dict[str, Any]:
+def model_facts(settings: RunnerSettings, config: ModelConfig, blocks: int, block_bytes: int) -> dict[str, Any]:
     """The fields of ModelFacts that do not depend on who runs the model."""
-    config = checkpoint.config
     return {
         "architecture": config.architecture,
         "vocab_size": config.vocab_size,

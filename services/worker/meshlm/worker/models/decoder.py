@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 from meshlm.worker.models.config import ModelConfig
+
+if TYPE_CHECKING:  # what runs natively has no torch: there vectors are arrays of numpy (`engine/loaded.py`)
+    import torch
 
 W = TypeVar("W")
 W_co = TypeVar("W_co", covariant=True)

@@ -3,49 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from meshlm.kernels.native import structures as c
+from meshlm.kernels.native.cache import Cache
 from meshlm.kernels.native.library import Library, Pool
-from meshlm.kernels.native.matrix import PackedMatrix, pack
-from meshlm.kernels.native.memory import Arena
-from meshlm.kernels.native.ops import Cache
-from meshlm.kernels.quantize import GroupQuantized
-from meshlm.worker.loading.checkpoint import Checkpoint
+from meshlm.kernels.native.packed import PackedMatrix
 from meshlm.worker.models.decoder import Decoder, DecoderLayer, Experts, Mlp, Projection
+
+if TYPE_CHECKING:
+    import torch
 
 PHASES = ("embed", "norm", "qkv", "rope", "attend", "output", "gate_up", "down", "head", "draw")
 
 _ACTIVATIONS = {"silu": c.SILU, "gelu_tanh": c.GELU_TANH}
-
-
-class PackedWeights:
-    """`Weights` of packed matrices: each as `choose` (name, rows, cols) gives it, packed at once, so that a load never
-    holds the model twice."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        library: Library,
-        choose: Callable[[str, int, int], torch.Tensor | GroupQuantized],
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._library = library
-        self._choose = choose
-        self._arena = Arena()
-
-    def matrix(self, name: str, rows: int, cols: int) -> PackedMatrix:
-        return pack(self._choose(name, rows, cols), library=self._library, arena=self._arena)
-
-    def vector(self, name: str, *shape: int) -> torch.Tensor:
-        return self._checkpoint.tensor(name, *shape).float().clone()
-
-    def has(self, name: str) -> bool:
-        return name in self._checkpoint.names
 
 
 class NativeDecoder:
@@ -124,7 +98,7 @@ class NativeDecoder:
             layer=layers,
             rope=ropes,
             cache=self.cache.struct,
-            importance=self.importance.data_ptr(),
+            importance=self.importance.ctypes.data,
         )
 
     def _layer(self, layer: DecoderLayer[PackedMatrix]) -> c.LayerSpec:
@@ -163,7 +137,7 @@ class NativeDecoder:
         """The address of float32 values, kept alive with the decoder."""
         if values is None:
             return None
-        array: npt.NDArray[np.float32] = np.ascontiguousarray(values.float().numpy())
+        array: npt.NDArray[np.float32] = np.ascontiguousarray(values, np.float32)
         self._kept.append(array)
         return array.ctypes.data
 

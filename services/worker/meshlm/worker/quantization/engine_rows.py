@@ -9,7 +9,8 @@ from typing import Literal
 
 import torch
 
-from meshlm.worker.engine.load import NATIVE_BLOCK, load_runner
+from meshlm.worker.engine.load import load_runner
+from meshlm.worker.engine.native_load import NATIVE_BLOCK
 from meshlm.worker.engine.sequence import Chunk, ChunkScores, Runner, Sequence
 from meshlm.worker.engine.settings import RunnerSettings
 from meshlm.worker.messages import Limits, Sampling, Submit
