@@ -41,6 +41,7 @@ async def rig(valkey: Any) -> AsyncIterator[Rig]:
 
 
 KEY = Key("a" * 16, "b" * 64)
+OTHER = Key("a" * 16, "c" * 64)
 
 
 async def test_twenty_identical_lookups_make_one_leader_and_share_its_answer(rig: Rig, valkey: Any) -> None:
@@ -225,8 +226,9 @@ async def test_a_store_that_hangs_is_lost_within_the_timeout(mortal_valkey: Any)
     rig = Rig(mortal_valkey.url, timeout=1.5)
     await rig.flights.look_up(KEY, wait=0)
     mortal_valkey.process.send_signal(19)  # SIGSTOP
-    with pytest.raises(StoreLostError):
-        await asyncio.wait_for(rig.flights.look_up(KEY, wait=60), 60)
+    for key in (OTHER, KEY):
+        with pytest.raises(StoreLostError):
+            await asyncio.wait_for(rig.flights.look_up(key, wait=60), 60)
     mortal_valkey.process.send_signal(18)  # SIGCONT
 
     async def found() -> bool:
@@ -238,4 +240,7 @@ async def test_a_store_that_hangs_is_lost_within_the_timeout(mortal_valkey: Any)
     async with asyncio.timeout(60):
         while not await found():
             await asyncio.sleep(0.05)
+    await rig.flights.close()
+    assert not await rig.redis.exists(OTHER.flight_name)  # nobody would have ended the flight that it began then
+    assert await rig.redis.exists(KEY.flight_name)  # its leader is another
     await rig.close()

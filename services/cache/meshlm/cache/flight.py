@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from meshlm.v1 import cache_pb2
 # Flights end in this process (a wake-up) or in another (seen by asking again): seconds between two questions.
 _FIRST_PAUSE = 0.01
 _LONGEST_PAUSE = 0.1
+# Flights remembered that the store may have begun, though its reply did not come.
+_MOST_DOUBTFUL = 1000
 
 
 class Outcome(StrEnum):
@@ -45,6 +47,7 @@ class Flights:
         self._ttl = ttl_seconds
         self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._giving_back: set[asyncio.Task[None]] = set()
+        self._doubtful: deque[tuple[Key, str]] = deque(maxlen=_MOST_DOUBTFUL)
         self._draining = False
 
     async def look_up(self, key: Key, *, wait: float, refresh: bool = False) -> Landing:
@@ -107,10 +110,16 @@ class Flights:
         # The script runs on even if the caller goes: only its reply tells whether there is a lead to give back.
         asked = asyncio.ensure_future(self._store.find_or_lead(key, flight, self._lease, refresh=refresh))
         try:
-            return await asyncio.shield(asked)
+            found = await asyncio.shield(asked)
         except asyncio.CancelledError:
             self._keep(asyncio.create_task(self._undo(key, flight, asked)))
             raise
+        except StoreLostError:
+            self._doubtful.append((key, flight))  # a store that is only slow runs the script all the same
+            raise
+        while self._doubtful:  # it answers: what it was asked before is done
+            self.give_back(*self._doubtful.popleft())
+        return found
 
     async def _undo(self, key: Key, flight: str, asked: asyncio.Future[Found]) -> None:
         with suppress(StoreLostError):
