@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from meshlm.chassis.channels import open_channel
 from meshlm.mesh.model import model_path
-from meshlm.router.measure import byte_entropy, measure
-from meshlm.router.risk.risk import weight_of
+from meshlm.router.measure import byte_entropy, texture
 from meshlm.router.risk.surprise import FEW, WINDOW, Estimator, Surprise, ends_of, peak, risk_of
+from meshlm.router.risk.weight import weight_of
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import worker_pb2, worker_pb2_grpc
 from meshlm.worker.loading.gguf_file import GgufFile
@@ -114,7 +114,7 @@ def by_table(texts: Texts) -> tuple[Values, str, float]:
 
 def without_model(texts: Texts) -> dict[str, Values]:
     """Byte entropy (bits a byte), and how little a text can be compressed."""
-    compressed = {n: [measure(pb.Input(prompt=t)).compression for t in group] for n, group in texts.items()}
+    compressed = {n: [texture(pb.Input(prompt=t)).compression for t in group] for n, group in texts.items()}
     entropy = {n: [byte_entropy(t.encode()) for t in group] for n, group in texts.items()}
     return {
         "byte entropy": {name: np.array(values) for name, values in entropy.items()},

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.trace import Span
+from opentelemetry.trace import Span, SpanKind
 
 from meshlm.chassis import telemetry
 from meshlm.chassis.config import TelemetryConfig
@@ -40,3 +43,30 @@ def test_a_callers_own_decision_goes_before(config: TelemetryConfig) -> None:
 
 def test_the_share_that_is_configured_counts_for_what_is_kept() -> None:
     assert not begun(TelemetryConfig(span_store="spans.db", sample_ratio=0.0)).is_recording()
+
+
+@pytest.fixture
+def tracers(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Span]:
+    """Those of this configuration, within a server's span of theirs."""
+    provider = TracerProvider(sampler=telemetry.sampler(request.param))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    with telemetry.span("outer", kind=SpanKind.SERVER) as outer:
+        yield outer
+    telemetry._tracer_of.cache_clear()
+
+
+@pytest.mark.parametrize("tracers", [TelemetryConfig()], indirect=True)
+def test_within_a_span_that_is_not_recorded_only_a_servers_is_one_of_its_own(tracers: Span) -> None:
+    for kind in (SpanKind.INTERNAL, SpanKind.CLIENT):
+        assert telemetry.begin("inner", kind=kind) is tracers
+    served = telemetry.begin("inner", kind=SpanKind.SERVER).get_span_context()
+    assert served.span_id != tracers.get_span_context().span_id
+    assert served.trace_id == tracers.get_span_context().trace_id
+
+
+@pytest.mark.parametrize("tracers", KEPT, indirect=True)
+def test_within_one_that_is_recorded_each_is(tracers: Span) -> None:
+    for kind in SpanKind:
+        span = telemetry.begin("inner", kind=kind)
+        assert span.is_recording()
+        assert span.get_span_context().span_id != tracers.get_span_context().span_id

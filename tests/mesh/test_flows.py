@@ -185,7 +185,8 @@ async def test_one_trace_leads_from_the_router_to_the_engine() -> None:
             return read_trace(str(rig.folder.spans), start.trace_id)
 
         wanted = {
-            ("router", "StreamGenerate"), ("router", "router.admit"), ("router", "LookUp"), ("cache", "LookUp"),
+            ("router", "StreamGenerate"), ("router", "router.risk"), ("router", "router.admit"), ("router", "LookUp"),
+            ("cache", "LookUp"),
             ("router", "CheckInput"), ("guard", "CheckInput"), ("guard", "CheckOutput"), ("router", "RunGeneration"),
             ("worker", "RunGeneration"), ("worker", "engine.queue"), ("worker", "engine.prefill"),
             ("worker", "engine.decode"), ("router", "router.settle"), ("router", "Store"), ("cache", "Store"),

@@ -11,14 +11,19 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
+from meshlm.router.accounts.limits import Terms
+from meshlm.router.accounts.reservation import Reservation
 from meshlm.router.config import KeyConfig, LimitConfig, PriceConfig
 from meshlm.router.replicas.choosing import Wanted
+from meshlm.router.risk.assessment import Assessment
+from meshlm.router.risk.standing import Caller, Standing
 from meshlm.router.routing.config import ComplexityConfig, RouteConfig, RuleConfig, TargetConfig
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
 from tests.router.calls import collect, failure, text_of
 from tests.router.mesh import Mesh, key
+from tests.router.risk.test_surprise import noise
 from tests.waiting import until
 
 PRICES = {
@@ -97,6 +102,24 @@ async def test_a_request_that_fell_back_counts_once_and_its_tokens_under_the_mod
     assert 0 < await charged(state, "requests_per_minute", 4) <= 1
     assert await charged(state, "tokens_per_minute", 300) <= 10
     assert 0 < await charged(state, "completion_tokens_per_minute:n", 20) <= 3
+
+
+async def test_a_risky_prompt_weighs_more_under_its_fallbacks_limits_though_its_first_model_has_none(
+    two: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.rekey((key(model_limits={"n": LimitConfig(completion_tokens_per_minute=600)}),))
+    two.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")
+    reserve, terms = two.ledger.reserve, []
+
+    async def spy(identifier: str, asked: Terms, prompt: int, at_most: int) -> Reservation:
+        terms.append(asked)
+        return await reserve(identifier, asked, prompt, at_most)
+
+    monkeypatch.setattr(two.ledger, "reserve", spy)
+    start = (await collect(two.stream(noise(1), model="safe")))[0].start
+    assert start.admission.weight > 1.2
+    assert [len(asked.limits) for asked in terms] == [0, 1]
+    assert terms[1].weight == pytest.approx(start.admission.weight, abs=0.01)
 
 
 async def test_a_fallback_beyond_its_own_limit_is_refused_and_nothing_stays_charged(two: Mesh, state: Redis) -> None:
@@ -246,7 +269,10 @@ async def test_a_caller_that_is_throttled_stays_so_where_its_request_falls_back(
     two: Mesh, state: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def look(work: Work) -> None:
-        work.terms = dataclasses.replace(work.terms, weight=8.0)
+        risky, caller = Standing(risk=1.0), Caller("t", "k", "m")
+        work.assessment = Assessment(caller, "a", shadow=False, standing=risky, place="", ramps={}, reading=None)
+        assert work.terms is not None
+        work.terms = dataclasses.replace(work.terms, weight=work.weight)
 
     monkeypatch.setattr(two.pipeline._vigilance, "look", look)
     two.workers[0].refusal = MeshError(Reason.OVERLOADED, "full")

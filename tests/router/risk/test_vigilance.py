@@ -21,10 +21,11 @@ from meshlm.chassis.state import connect
 from meshlm.router.config import KeyConfig
 from meshlm.router.risk.breaker import State
 from meshlm.router.risk.config import BreakerConfig, RiskConfig
-from meshlm.router.risk.risk import guard_risk, is_attack, weight_of
+from meshlm.router.risk.risk import guard_risk, is_attack
 from meshlm.router.risk.standing import Caller, Standings
 from meshlm.router.risk.surprise import Estimator, Surprise
 from meshlm.router.risk.vigilance import Vigilance
+from meshlm.router.risk.weight import weight_of
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 from meshlm.v1 import inference_pb2
@@ -321,3 +322,27 @@ async def test_the_store_is_asked_before_the_prompt_is_read(mesh: Any, state: Re
             assert work.assessment.standing.shared
     await vigilance.stop()
     await shared.aclose()
+
+
+class Watching(Estimator):
+    """Notes how many requests are at workers when it reads a prompt."""
+
+    def __init__(self, mesh: Any) -> None:
+        super().__init__()
+        self._fleet = mesh.fleet
+        self.sent: list[int] = []
+
+    def surprise(self, text: str, tokens: int) -> Surprise | None:
+        self.sent.append(sum(replica.in_flight for replica in self._fleet.replicas))
+        return super().surprise(text, tokens)
+
+
+@pytest.mark.parametrize("router_config", [{"guard": "", "cache": ""}])
+@pytest.mark.parametrize(("holder", "sent"), [(limited(tokens_per_minute=0), 1), (limited(), 0)])
+async def test_a_prompt_is_read_once_its_call_is_out_unless_a_limit_counts_with_its_weight(
+    mesh: Any, holder: KeyConfig, sent: int
+) -> None:
+    mesh.vigilance._estimator = estimator = Watching(mesh)
+    told = await admission(mesh, "hello, who is there? " * 3)
+    assert estimator.sent == [sent], "once, then"
+    assert told.surprise_source.startswith("ngram-")

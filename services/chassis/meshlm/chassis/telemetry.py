@@ -235,6 +235,16 @@ def span(
     return _Block(name, attributes, kind)
 
 
+def begin(name: str, attributes: Mapping[str, Any] | None = None, *, kind: SpanKind = SpanKind.INTERNAL) -> Span:
+    """A span that its caller ends. Within one that is not recorded it is that one: nobody would see the difference."""
+    parent = trace.get_current_span()
+    if kind is not SpanKind.SERVER and not parent.is_recording():
+        known = parent.get_span_context()
+        if known.is_valid and not known.trace_flags.sampled:
+            return parent
+    return tracer().start_span(name, kind=kind, attributes=attributes)
+
+
 class _Block(AbstractContextManager[Span]):
     """A class, for the library's own two generators around each span cost as much as the span."""
 
@@ -246,7 +256,7 @@ class _Block(AbstractContextManager[Span]):
         self._kind = kind
 
     def __enter__(self) -> Span:
-        self._span = tracer().start_span(self._name, kind=self._kind, attributes=self._attributes)
+        self._span = begin(self._name, self._attributes, kind=self._kind)
         self._token = context.attach(trace.set_span_in_context(self._span))
         return self._span
 

@@ -74,8 +74,7 @@ class Admission:
             await self._settling.finish(self._ledger.void(held))
         lookup, work.lookup = work.lookup, Lookup()  # what the cache was asked for is another model's answer
         await self._settling.finish(self._answers.release(lookup))
-        weight = work.terms.weight if work.terms is not None else work.weight  # a caller's risk goes with it
-        self._bind(work, weight)
+        self._bind(work, work.weight)  # a caller's risk goes with it
         await self.admit(work)
 
     async def admit(self, work: Work) -> None:

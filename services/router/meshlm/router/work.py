@@ -47,7 +47,6 @@ class Work:
     measure: Measure
     started: float  # seconds, time.perf_counter
     deadline: float  # same clock
-    weight: float = 1.0  # tokens and concurrent streams are counted so many times, at least 1
     route: Decision | None = None  # to its model
     regions: Regions = ANYWHERE  # where it may be computed and kept
     prefix: TextPrefix | None = None  # once somebody asks which replica knows it
@@ -123,6 +122,11 @@ class Work:
             deadline=now + limit,
             _wording=wording,
         )
+
+    @property
+    def weight(self) -> float:
+        """Tokens and concurrent streams are counted so many times, at least 1."""
+        return self.assessment.in_force if self.assessment is not None else 1.0
 
     @property
     def choices(self) -> int:

@@ -162,6 +162,8 @@ class Fleet:
     def _eject(self, model: str, now: float) -> None:
         """Leave out the outliers of a model, as far as that leaves enough of them."""
         peers = [r for r in self.replicas if r.usable and r.state is not None and r.state.model.name == model]
+        if len(peers) < 2:
+            return  # the last one never is
         sound = [replica for replica in peers if not replica.is_left_out(now)]
         for replica in list(sound):
             others = [other.health for other in sound if other is not replica]

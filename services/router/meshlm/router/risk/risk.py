@@ -1,4 +1,4 @@
-"""From what was seen in a request to a risk in [0, 1], and from a risk to what the next request weighs."""
+"""From what was seen in a request to a risk in [0, 1]."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ from meshlm.router.risk.surprise import UNPROVEN
 from meshlm.router.work import Work
 from meshlm.v1 import generation_pb2 as pb
 
-# A weight is 1 + THROTTLE x risk squared.
-THROTTLE = 7.0
-MOST = 1.0 + THROTTLE
 # The guard's score of what it lets through counts from here on.
 _LET_THROUGH = 0.5
 # No attacks on the model: personal data and secrets are for the guard to hold back.
 _NO_ATTACKS = ("pii.", "secret.")
 _REFUSED = (Reason.PROMPT_UNSAFE, Reason.INJECTION_SUSPECTED, Reason.OUTPUT_UNSAFE)
-
-
-def weight_of(risk: float) -> float:
-    """How many times tokens and places of a request count."""
-    return 1.0 + THROTTLE * risk * risk
 
 
 def guard_risk(work: Work) -> float:

@@ -8,18 +8,21 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Callable
+from functools import cache
 
 import structlog
+from opentelemetry.trace import Span
 from redis.asyncio import Redis
 
 from meshlm.chassis.errors import MeshError, Reason
-from meshlm.chassis.telemetry import Name, meter, span
+from meshlm.chassis.telemetry import Name, begin, fail, meter
 from meshlm.router.config import RouterConfig
 from meshlm.router.measure import text_of
 from meshlm.router.replicas.fleet import Fleet
 from meshlm.router.risk.assessment import Assessment
 from meshlm.router.risk.breaker import State
-from meshlm.router.risk.risk import MOST, guard_risk, is_attack, weight_of
+from meshlm.router.risk.risk import guard_risk, is_attack
 from meshlm.router.risk.scoring import Scorer
 from meshlm.router.risk.standing import Caller, Standing, Standings
 from meshlm.router.risk.surprise import Estimator, Surprise, risk_of
@@ -27,6 +30,9 @@ from meshlm.router.work import Work
 from meshlm.v1 import inference_pb2
 
 log = structlog.get_logger()
+
+# Turns of the event loop within which a request that is let in is sent to guard and cache, or to its worker.
+_SENT_TURNS = 3
 
 
 class Vigilance:
@@ -50,26 +56,54 @@ class Vigilance:
         mode = work.key.risk or self._config.risk.mode
         if mode == "off":
             return
-        with span("router.risk") as current:
-            caller = Caller(work.key.tenant, work.key.id, work.generation.model)
-            identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
-            place = self._scorer.place(work)
-            looking = asyncio.ensure_future(self._standings.look(caller, identifier, place or caller.no_score))
-            try:
-                # Asked in the one turn of the loop, sent in the other: it answers while the prompt is read here.
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
-                estimate = self._estimate(work)
-                standing = await asyncio.shield(looking)  # the store's client may swallow a cancel
-            except BaseException:
-                self._leave(looking, caller, identifier)
-                raise
-            found = self._assess(work, caller, identifier, standing, place, estimate, shadow=mode == "shadow")
-            surprise, of_prompt = found.surprise, self._risk_of(found.surprise)
+        current = begin("router.risk")
+        try:
+            found = await self._assess(work, shadow=mode == "shadow")
+        except BaseException as error:
+            fail(current, type(error).__name__)
+            current.end()
+            raise
+        if not found.standing.passes:
+            self._refusals.add(1, {Name.TENANT: found.caller.tenant, Name.RISK_SHADOW: found.shadow})
+        try:
+            self._follow(work, found)
+        except MeshError as error:
+            fail(current, error.reason)
+            raise
+        finally:
+            self._tell(current, work, found)
+
+    async def _assess(self, work: Work, *, shadow: bool) -> Assessment:
+        """Sets `work.assessment`."""
+        caller = Caller(work.key.tenant, work.key.id, work.generation.model)
+        identifier = f"{work.request_id}/{work.trace_id}/{time.monotonic_ns()}"
+        place, text = self._scorer.place(work), text_of(work.generation.input)
+        looking = asyncio.ensure_future(self._standings.look(caller, identifier, place or caller.no_score))
+        try:
+            # Asked in the one turn of the loop, sent in the other: it answers while the prompt is read here.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            read = self._reader(text)
+            if work.terms is None or work.terms.limits:
+                read()
+            standing = await asyncio.shield(looking)  # the store's client may swallow a cancel
+        except BaseException:
+            self._leave(looking, caller, identifier)
+            raise
+        work.assessment = self._assessment(caller, identifier, standing, place, read, shadow=shadow)
+        return work.assessment
+
+    def _tell(self, current: Span, work: Work, found: Assessment) -> None:
+        """Its span has all of it, and ends once the prompt is read: now, if a limit counts with that; else as soon as
+        the request went to whom it goes next, which is within so many turns of the loop."""
+        standing = found.standing
+
+        def tell() -> None:
+            surprise = found.surprise
             current.set_attributes(
                 {
                     Name.RISK_CALLER: standing.risk,
-                    Name.RISK_PROMPT: of_prompt,
+                    Name.RISK_PROMPT: found.of_prompt,
                     **({Name.SURPRISE: surprise.nats, Name.SURPRISE_SOURCE: surprise.source} if surprise else {}),
                     Name.RISK_WEIGHT: found.weight,
                     Name.RISK_SHADOW: found.shadow,
@@ -78,9 +112,10 @@ class Vigilance:
                     Name.BREAKER_ROUTE: standing.route,
                 }
             )
-            if not standing.passes:
-                self._refusals.add(1, {Name.TENANT: caller.tenant, Name.RISK_SHADOW: found.shadow})
-            self._follow(work, found)
+            current.end()
+
+        later = standing.passes and work.terms is not None and not work.terms.limits
+        _after_turns(_SENT_TURNS if later else 0, tell)
 
     def _leave(self, looking: asyncio.Future[Standing], caller: Caller, identifier: str) -> None:
         """Its request is gone while it is looked at: the probe of a breaker that it may get is given back."""
@@ -100,26 +135,22 @@ class Vigilance:
             return
         caller, place = Caller(work.key.tenant, work.key.id, work.generation.model), self._scorer.place(work)
         standing = await self._standings.peek(caller, place or caller.no_score)
-        estimate = self._estimate(work)
-        self._follow(work, self._assess(work, caller, "", standing, place, estimate, shadow=mode == "shadow"))
+        read = self._reader(text_of(work.generation.input))
+        work.assessment = self._assessment(caller, "", standing, place, read, shadow=mode == "shadow")
+        self._follow(work, work.assessment)
 
-    def _assess(
+    def _assessment(
         self,
-        work: Work,
         caller: Caller,
         identifier: str,
         standing: Standing,
         place: str,
-        estimate: Surprise | None,
+        read: Callable[[], Surprise | None],
         *,
         shadow: bool,
     ) -> Assessment:
-        """Sets `work.assessment`."""
-        surprise = self._surprise(standing, estimate)
-        risk = max(standing.risk, self._risk_of(surprise))
-        weight = MOST if standing.route is not State.CLOSED else weight_of(risk)
-        work.assessment = Assessment(caller, identifier, shadow, standing, place, surprise, risk, weight)
-        return work.assessment
+        ramps = self._config.entropy.ramps
+        return Assessment(caller, identifier, shadow, standing, place, ramps, lambda: self._riskier(standing, read()))
 
     def _follow(self, work: Work, found: Assessment) -> None:
         """What follows from an assessment. Raises MeshError BREAKER_OPEN."""
@@ -129,7 +160,8 @@ class Vigilance:
             raise _refusal(found.standing.wait)
         if found.standing.route is not State.CLOSED:
             self._tighten(work)
-        self._weigh(work, found)
+        if work.terms is not None and work.terms.limits:
+            work.terms = dataclasses.replace(work.terms, weight=found.weight)
 
     def read(self, work: Work) -> None:
         """Once a request is admitted: have its prompt scored beside it, where a model is to and has not yet."""
@@ -159,7 +191,7 @@ class Vigilance:
             return
         found.noted = True
         seen = guard_risk(work)
-        risk = max(seen, self._risk_of(found.surprise), self._risk_of(found.scored))
+        risk = max(seen, found.of_prompt, self._risk_of(found.scored))
         attack = is_attack(work, flag_score=self._config.risk.flag_score)
         self._risks.record(seen, {"source": "guard"})
         opened = await self._standings.note(found.caller, found.identifier, risk=risk, flagged=attack)
@@ -185,18 +217,19 @@ class Vigilance:
         if (surprise := found.surprise) is not None:
             self._count(surprise)
         self._risks.record(found.standing.risk, {"source": "caller"})
-        self._risks.record(self._risk_of(found.surprise), {"source": "prompt"})
+        self._risks.record(found.of_prompt, {"source": "prompt"})
 
     def _count(self, surprise: Surprise) -> None:
         """A prompt less surprising than its language is below zero, which a histogram does not take: it counts as 0, or
         quantiles would be of the other prompts alone."""
         self._surprises.record(max(0.0, surprise.nats), {"source": "model" if surprise.by_model else "ngram"})
 
-    def _estimate(self, work: Work) -> Surprise | None:
-        return self._estimator.surprise(text_of(work.generation.input), self._config.entropy.tokens)
+    def _reader(self, text: str) -> Callable[[], Surprise | None]:
+        """The estimate of a prompt, made once."""
+        return cache(lambda: self._estimator.surprise(text, self._config.entropy.tokens))
 
-    def _surprise(self, standing: Standing, estimate: Surprise | None) -> Surprise | None:
-        """The riskier of the estimate and what a model said of this prompt before: one sees noise, one suffixes."""
+    def _riskier(self, standing: Standing, estimate: Surprise | None) -> Surprise | None:
+        """Of the estimate and what a model said of this prompt before: one sees noise, one suffixes."""
         known = self._scorer.recall(standing.score) if standing.score else None
         return max(known, estimate, key=self._risk_of) if known is not None else estimate
 
@@ -218,10 +251,13 @@ class Vigilance:
         policy = self._config.breakers.strict_policy or work.key.guard_policy
         work.key = dataclasses.replace(work.key, guard_policy=policy, guard_failure="refuse")
 
-    def _weigh(self, work: Work, found: Assessment) -> None:
-        work.weight = found.weight
-        if work.terms is not None:
-            work.terms = dataclasses.replace(work.terms, weight=found.weight)
+
+def _after_turns(turns: int, act: Callable[[], None]) -> None:
+    """Once the event loop went round so often; at once for 0."""
+    if turns:
+        asyncio.get_running_loop().call_soon(_after_turns, turns - 1, act)
+    else:
+        act()
 
 
 def admission_of(work: Work) -> inference_pb2.Admission | None:

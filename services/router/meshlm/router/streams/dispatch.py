@@ -16,7 +16,7 @@ from opentelemetry.trace import Span, SpanKind
 
 from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
-from meshlm.chassis.telemetry import Name, fail, meter, tracer
+from meshlm.chassis.telemetry import Name, begin, fail, meter
 from meshlm.router.replicas.fleet import Fleet
 from meshlm.router.replicas.overload import Overload, urgency_of
 from meshlm.router.replicas.replica import Attempt, Replica
@@ -224,7 +224,7 @@ async def _offer(
         Name.RPC_METHOD: "RunGeneration",
         Name.REPLICA: replica.name,
     }
-    span = tracer().start_span(f"{_SERVICE}/RunGeneration", kind=SpanKind.CLIENT, attributes=attributes)
+    span = begin(f"{_SERVICE}/RunGeneration", attributes, kind=SpanKind.CLIENT)
     with trace.use_span(span, end_on_exit=False):
         sent = [request.SerializeToString()]
         call = replica.run(sent, timeout=work.seconds_left(), metadata=outgoing_metadata())
