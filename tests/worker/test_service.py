@@ -96,7 +96,7 @@ async def test_a_crash_tells_the_client_nothing_of_the_exception() -> None:
 
 
 async def test_a_hanging_engine_is_replaced() -> None:
-    async with running(hang_seconds=2.0) as worker:
+    async with running(hang_seconds=4.0) as worker:
         hung = await error_of(collect(worker.call(HANG.decode())))
         assert hung.reason is Reason.ENGINE_LOST
         await worker.until(lambda state: state.ready and state.counters.engine_starts == 2)
