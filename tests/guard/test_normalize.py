@@ -52,6 +52,11 @@ def test_digits_and_signs_read_as_letters_only_inside_words() -> None:
     assert "leet" not in forms("In 2024 we had 12,345 users at 10:30.")
 
 
+def test_digits_that_stand_for_one_letter_make_one_reading() -> None:
+    assert [reading.text for reading in readings("th3 s3cret") if reading.form == "leet"] == ["the secret"]
+    assert [reading.text for reading in readings("s1ng") if reading.form == "leet"] == ["sing", "slng"]
+
+
 def test_spaced_letters_are_joined_and_abbreviations_are_not() -> None:
     assert forms("s e c r e t")["spaced"] == "secret"
     assert forms("well: s.e.c.r.e.t!")["spaced"] == "well: secret!"

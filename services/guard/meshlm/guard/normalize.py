@@ -44,7 +44,7 @@ def readings(text: str) -> Iterator[Reading]:
             yield latin
     if _LEET_SIGN.search(latin.text) and _LEET_WORD.search(latin.text):
         # One digit stands for two letters.
-        for one in "il":
+        for one in "il" if "1" in latin.text else "i":
             table = _LEET | {ord("1"): one}
             yield Reading("leet", latin.text.translate(table), latin.indices, hidden=True)
     if _SPACED.search(latin.text):
