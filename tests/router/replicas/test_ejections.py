@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
@@ -39,7 +39,7 @@ def left_out(made: Fleet) -> set[str]:
     st.integers(1, 5),
     st.sampled_from([0.0, 0.3, 0.5, 1.0]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 def test_all_leave_out_what_enough_routers_found_and_no_more_than_the_share(
     valkey: str, votes: list[tuple[int, int, str]], needed: int, replicas: int, most: float
 ) -> None:
