@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from meshlm.mesh.client import End, Start, Text
-from tests.mesh.test_flows import Rig, running, until
+from tests.mesh.rig import Rig, running
+from tests.waiting import until
 
 pytestmark = pytest.mark.mesh
 

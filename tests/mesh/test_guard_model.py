@@ -16,7 +16,8 @@ from meshlm.mesh.client import End, Start, Text
 from meshlm.mesh.config import MeshConfig, WorkerEntry
 from meshlm.mesh.plan import MeshPlan, Planner, ProcessPlan
 from meshlm.mesh.state import StateFolder
-from tests.mesh.test_flows import ONE, Rig, running, until
+from tests.mesh.rig import ONE, Rig, running
+from tests.waiting import until
 
 JUDGE = '[[mesh.workers]]\nname = "judge"\noverrides = { model = "llama-guard-3-8b" }\n'
 GUARD = '[guard]\nmodel = "llama-guard-3-8b"\n'

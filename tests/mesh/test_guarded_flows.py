@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from meshlm.mesh.client import End, Moderated, Text
-from tests.mesh.test_flows import Rig, running, until
+from tests.mesh.rig import Rig, running
+from tests.waiting import until
 
 pytestmark = pytest.mark.mesh
 

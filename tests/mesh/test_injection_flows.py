@@ -18,7 +18,7 @@ from meshlm.router.wording import word
 from meshlm.worker.fake import expected_tokens
 from meshlm.worker.messages import Sampling
 from tests.mesh.fakes import read_by_the_fake
-from tests.mesh.test_flows import DEADLINE, running
+from tests.mesh.rig import DEADLINE, running
 
 pytestmark = pytest.mark.mesh
 

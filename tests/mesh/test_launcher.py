@@ -9,7 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +28,7 @@ from meshlm.mesh.status import load_of
 from meshlm.mesh.up import Stage, last_stage
 from meshlm.v1 import worker_pb2
 from tests.mesh.fakes import PATIENT, failing, plan, service
+from tests.waiting import until
 
 QUICK = MeshConfig(ready_seconds=120.0, stop_seconds=60.0)
 
@@ -45,12 +46,6 @@ def folder(root: Path) -> Iterator[StateFolder]:
     made.acquire()
     yield made
     made.release()
-
-
-async def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 def alive(pid: int) -> bool:

@@ -13,8 +13,9 @@ import pytest
 from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.spans import read_trace
 from meshlm.mesh.client import AsyncMesh, Start
-from tests.mesh.test_flows import DEADLINE, LONG, ONE, TWO, Rig, running, until
+from tests.mesh.rig import DEADLINE, LONG, ONE, TWO, Rig, running
 from tests.ports import free_port
+from tests.waiting import until
 
 pytestmark = pytest.mark.mesh
 

@@ -10,7 +10,8 @@ import pytest
 from meshlm.chassis.errors import MeshError
 from meshlm.mesh import cli
 from meshlm.mesh.client import End, Start, Text
-from tests.mesh.test_flows import Rig, running, until
+from tests.mesh.rig import Rig, running
+from tests.waiting import until
 
 pytestmark = pytest.mark.mesh
 

@@ -13,7 +13,7 @@ from meshlm.mesh.cli import run
 from meshlm.v1 import generation_pb2
 from meshlm.v1 import inference_pb2 as pb
 from tests.mesh.fakes import KEY, ScriptedRouter
-from tests.mesh.test_flows import TWO, running
+from tests.mesh.rig import TWO, running
 
 Captured = pytest.CaptureFixture[str]
 

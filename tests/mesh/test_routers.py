@@ -22,8 +22,9 @@ from meshlm.mesh.config import MeshConfig
 from meshlm.mesh.plan import Planner
 from meshlm.mesh.state import StateFolder
 from meshlm.v1 import worker_pb2, worker_pb2_grpc
-from tests.mesh.test_flows import DEADLINE, ONE, TWO, Rig, running, until
+from tests.mesh.rig import DEADLINE, ONE, TWO, Rig, running
 from tests.ports import free_port
+from tests.waiting import until
 
 pytestmark = pytest.mark.mesh
 

@@ -15,8 +15,9 @@ from meshlm.chassis.errors import MeshError, Reason, from_rpc_error
 from meshlm.chassis.spans import read_trace
 from meshlm.mesh.client import End, Start, Text
 from tests.mesh.fakes import said_by_the_fake
-from tests.mesh.test_flows import ONE, TWO, Rig, running, until
+from tests.mesh.rig import ONE, TWO, Rig, running
 from tests.router.test_mesh_limits import LIMIT, limited, spent, told
+from tests.waiting import until
 
 pytestmark = pytest.mark.mesh
 

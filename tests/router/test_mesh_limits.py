@@ -20,8 +20,9 @@ from meshlm.chassis.errors import MeshError, Reason
 from meshlm.chassis.spans import read_trace
 from meshlm.mesh.client import AsyncMesh, End, Start, Text
 from meshlm.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
-from tests.mesh.test_flows import DEADLINE, Rig, running, until
+from tests.mesh.rig import DEADLINE, Rig, running
 from tests.ports import free_port
+from tests.waiting import until
 
 pytestmark = pytest.mark.mesh
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from meshlm.worker.front.engine_client import EngineClient
 from meshlm.worker.front.engine_process import EngineSettings
 from meshlm.worker.front.engine_stream import EngineLost, EngineStream
 from meshlm.worker.messages import Finish, Finished, Limits, NewToken, Sampling, Started, Submit
+from tests.waiting import until
 
 pytestmark = pytest.mark.mesh
 
@@ -42,13 +43,6 @@ def request(name: str, prompt: bytes = b"hello", max_tokens: int = 6) -> Submit:
     return Submit(
         id=name, prompt=list(prompt), sampling=GREEDY, limits=Limits(max_tokens=max_tokens), arrival=time.monotonic()
     )
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Waits for a condition with a bound."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

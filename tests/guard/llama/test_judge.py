@@ -17,14 +17,9 @@ from meshlm.guard.llama.judge import UNPARSED
 from meshlm.guard.llama.model import JudgingModel
 from meshlm.v1 import generation_pb2, worker_pb2
 from tests.guard.llama.scripted import MODEL, rig
+from tests.waiting import until
 
 DOWN = MeshError(Reason.ENGINE_LOST, "the engine is not ready")
-
-
-async def until(condition: object, seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.01)
 
 
 async def test_the_first_token_tells_the_score_and_only_unsafe_text_costs_categories(tmp_path: Path) -> None:
