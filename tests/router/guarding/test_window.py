@@ -1,168 +1,18 @@
-"""Between worker and client: what goes out of an answer, with the real checks behind it and with guards that fail."""
+"""Between worker and client: what goes out of an answer, with the real checks behind it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from itertools import pairwise
 from typing import Any
 
-import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshlm.chassis.errors import MeshError, Reason
-from meshlm.guard.checking import AnswerChecks
-from meshlm.guard.config import GuardConfig, PolicyConfig
-from meshlm.guard.judging import Opinion
-from meshlm.guard.policy import Policies
-from meshlm.router.guarding.window import OutputWindow
 from meshlm.v1 import generation_pb2 as pb
-from meshlm.v1 import guard_pb2, inference_pb2, worker_pb2
-
-Moderation = inference_pb2.Moderation
-KEY = "AK" + "IA" + "QWERTZUIOPASDFG2"
-MAIL = "jo.doe@example.org"
-SCORES = {"answer_flag_score": 0.98, "answer_confirm_score": 0.99, "answer_block_score": 0.997}
-PLAIN = "Nothing but a plain word and yet another one after it. "  # 55 characters
-
-
-class WordJudge:
-    """`vile` in what it reads is surely harmful, `dire` perhaps. Opinions of answers come when `late` allows."""
-
-    version = "words-1"
-
-    def __init__(self, delays: list[int] | None = None) -> None:
-        self._delays = delays or [0]
-        self.gate: asyncio.Event | None = None
-        self.asked = 0
-
-    async def judge_prompt(self, *args: Any, **more: Any) -> list[Opinion]:
-        return []
-
-    async def judge_answer(self, turns: Any, answer: str, heads: Any, **more: Any) -> list[Opinion]:
-        self.asked += 1
-        for _ in range(self._delays[self.asked % len(self._delays)]):
-            await asyncio.sleep(0)
-        if self.gate is not None:
-            await self.gate.wait()
-        read = answer[-256:]
-        word, score = ("vile", 0.999) if "vile" in read else ("dire", 0.992) if "dire" in read else ("", 0.0)
-        start = answer.rfind(word) if word else 0
-        return [Opinion("words-1/harm", "harm", score, ("S1",), start, start + len(word))]
-
-
-class Call:
-    """A call of CheckOutput, without a wire."""
-
-    def __init__(self, answers: Callable[[AsyncIterator[Any]], AsyncIterator[Any]]) -> None:
-        self._requests: asyncio.Queue[Any] = asyncio.Queue()
-        self._answers = answers(self._sent())
-        self.cancelled = False
-
-    async def _sent(self) -> AsyncIterator[Any]:
-        while (request := await self._requests.get()) is not None:
-            yield request
-
-    async def write(self, request: Any) -> None:
-        self._requests.put_nowait(request)
-
-    async def read(self) -> Any:
-        return await anext(self._answers, grpc.aio.EOF)
-
-    async def done_writing(self) -> None:
-        self._requests.put_nowait(None)
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-
-class Ward:
-    """What a window knows of the guard."""
-
-    def __init__(self, answers: Any, *, allow: bool = False, seconds: float = 60.0, hold_tokens: int = 128) -> None:
-        self.stub = self
-        self.seconds, self.hold_tokens = seconds, hold_tokens
-        self._answers, self._allow = answers, allow
-        self.errors: list[BaseException] = []
-
-    def CheckOutput(self, **more: Any) -> Call:
-        return Call(self._answers)
-
-    def admit(self) -> None:
-        pass
-
-    def answered(self) -> None:
-        pass
-
-    def failed(self, error: BaseException) -> None:
-        self.errors.append(error)
-        if not self._allow:
-            raise MeshError(Reason.GUARD_UNAVAILABLE, "refused")
-
-
-def guarded(release: str, judge: WordJudge | None, **more: Any) -> Ward:
-    """A ward whose guard is the real one; addresses are redacted."""
-    actions = {"pii.email": "redact", **more.pop("actions", {})}
-    policies = Policies({"default": PolicyConfig(answer_release=release, actions=actions, **SCORES)}, judge)  # type: ignore[arg-type]
-    checks = lambda requests: AnswerChecks(GuardConfig(), policies, lambda verdict: None).responses(requests)  # noqa: E731
-    return Ward(checks, **more)
-
-
-async def worker(pieces: list[str], *, choice: int = 0, failure: MeshError | None = None) -> AsyncIterator[Any]:
-    """Its messages: a token for each piece."""
-    for number, piece in enumerate(pieces):
-        last = number + 1 == len(pieces) and failure is None
-        chunk = pb.Chunk(
-            choice=choice, token_offset=number, token_count=1, text=piece, finish_reason=int(last), token_ids=[number]
-        )
-        yield worker_pb2.RunGenerationResponse(chunk=chunk)
-        await asyncio.sleep(0)
-    if failure is not None:
-        raise failure
-    yield worker_pb2.RunGenerationResponse(end=worker_pb2.GenerationEnd())
-
-
-class Seen:
-    """What went out."""
-
-    def __init__(self) -> None:
-        self.chunks: list[pb.Chunk] = []
-        self.moderations: list[Any] = []
-        self.window: OutputWindow | None = None
-
-    @property
-    def text(self) -> str:
-        return "".join(chunk.text for chunk in self.chunks)
-
-    @property
-    def finish(self) -> int:
-        return self.chunks[-1].finish_reason if self.chunks else 0
-
-    @property
-    def verdict(self) -> pb.Verdict:
-        assert self.window is not None
-        (verdict,) = self.window.verdicts()
-        verdict.latency = 0
-        return verdict
-
-
-async def seen(ward: Ward, messages: AsyncIterator[Any], into: Seen | None = None) -> Seen:
-    out = into or Seen()
-    window = out.window = OutputWindow(ward, guard_pb2.OutputCheckStart())
-    try:
-        await window.open()
-        async for event in window.through(messages):
-            if isinstance(event, pb.Chunk):
-                out.chunks.append(event)
-            elif isinstance(event, Moderation):
-                out.moderations.append(event)
-        await window.finish()
-    finally:
-        window.close()
-    return out
-
+from tests.router.guarding.answers import KEY, MAIL, PLAIN, Moderation, Noting, Seen, WordJudge, guarded, seen, worker
 
 PARTS = st.lists(
     st.sampled_from(["dire ", "vile ", KEY + " ", f" {MAIL} ", PLAIN, "word ", "結果 ", "a@b "]), max_size=14
@@ -284,91 +134,6 @@ async def test_tokens_of_what_is_replaced_are_withheld_and_others_are_not() -> N
     assert out.verdict.action == pb.Verdict.ACTION_REDACT
 
 
-def replying(*replies: dict[str, Any]) -> Any:
-    """A guard that says these things, one to each text, and then nothing."""
-
-    async def answers(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        said = iter(replies)
-        async for request in requests:
-            if request.HasField("text"):
-                reply = next(said, None)
-                if reply is None:
-                    await asyncio.Event().wait()
-                yield guard_pb2.CheckOutputResponse(**(reply or {}))
-
-    return answers
-
-
-NONSENSE = {
-    "released what was not sent": [{"released_chars": 6, "taken_chars": 5}],
-    "took what was not sent": [{"released_chars": 5, "taken_chars": 6}],
-    "judged what was not sent": [{"released_chars": 5, "taken_chars": 5, "judged_chars": 9}],
-    "released less than before": [{"released_chars": 5, "taken_chars": 5}, {"released_chars": 4, "taken_chars": 10}],
-    "judged less than before": [
-        {"released_chars": 5, "taken_chars": 5, "judged_chars": 5},
-        {"released_chars": 5, "taken_chars": 10, "judged_chars": 4},
-    ],
-    "a choice that is not there": [{"choice": 7, "released_chars": 5, "taken_chars": 5}],
-    "a redaction of what is out": [
-        {"released_chars": 5, "taken_chars": 5},
-        {
-            "released_chars": 10,
-            "taken_chars": 10,
-            "redactions": [guard_pb2.Redaction(char_start=2, char_end=7, replacement="x")],
-        },
-    ],
-    "a redaction backwards": [
-        {
-            "released_chars": 0,
-            "taken_chars": 5,
-            "redactions": [guard_pb2.Redaction(char_start=4, char_end=2, replacement="x")],
-        },
-    ],
-}
-
-
-@pytest.mark.parametrize("name", NONSENSE)
-async def test_a_guard_that_talks_nonsense_is_a_guard_that_failed(name: str) -> None:
-    out = Seen()
-    with pytest.raises(MeshError) as caught:
-        await seen(Ward(replying(*NONSENSE[name])), worker(["12345", "67890", "end"]), out)
-    assert caught.value.reason == Reason.GUARD_UNAVAILABLE
-    assert len(out.text) <= 5
-    ward = Ward(replying(*NONSENSE[name]), allow=True)
-    assert (await seen(ward, worker(["12345", "67890", "end"]))).text == "1234567890end"
-    assert len(ward.errors) == 1
-
-
-@pytest.mark.parametrize("replies", [[], [{"released_chars": 5, "taken_chars": 5}]])
-async def test_a_guard_that_falls_silent_is_not_waited_for_longer_than_it_may_take(replies: list[Any]) -> None:
-    ward = Ward(replying(*replies), seconds=0.05)
-    with pytest.raises(MeshError) as caught:
-        await seen(ward, worker(["12345", "67890", "end"]))
-    assert caught.value.reason == Reason.GUARD_UNAVAILABLE
-    assert [type(error) for error in ward.errors] == [TimeoutError]
-
-
-async def test_a_guard_is_not_late_while_it_owes_nothing() -> None:
-    async def slow() -> AsyncIterator[Any]:
-        async for message in worker(["one ", "two ", "three"]):
-            yield message
-            if message.chunk.text == "one ":
-                await asyncio.sleep(1.6)
-
-    ward = guarded("strict", WordJudge(), seconds=1.5)  # all of this is one window
-    assert (await seen(ward, slow())).text == "one two three"
-    assert ward.errors == []
-
-
-async def test_what_was_judged_before_a_fault_of_the_worker_goes_out_before_it_is_told() -> None:
-    out = Seen()
-    with pytest.raises(MeshError) as caught:
-        lost = MeshError(Reason.ENGINE_LOST, "gone")
-        await seen(guarded("strict", WordJudge([7])), worker([PLAIN] * 3, failure=lost), out)
-    assert caught.value.reason == Reason.ENGINE_LOST
-    assert out.text == PLAIN  # 64 characters were judged: one chunk lies within
-
-
 async def test_choices_are_judged_apart() -> None:
     async def two() -> AsyncIterator[Any]:
         first, second = worker(["The key: ", KEY, " x"]), worker(["Hello ", "big ", "world"], choice=1)
@@ -382,25 +147,6 @@ async def test_choices_are_judged_apart() -> None:
     assert {m.choice for m in out.moderations if m.action == Moderation.ACTION_STOP} == {0}
 
 
-class Noting(Ward):
-    """Keeps what its guard is told."""
-
-    def __init__(self, ward: Ward) -> None:
-        super().__init__(self._noted, hold_tokens=ward.hold_tokens)
-        self._inner = ward._answers
-        self.told: list[str] = []
-
-    async def _noted(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        async def noted() -> AsyncIterator[Any]:
-            async for request in requests:
-                if request.HasField("text"):
-                    self.told.append(request.text.text)
-                yield request
-
-        async for answer in self._inner(noted()):
-            yield answer
-
-
 async def test_a_token_a_message_is_told_to_the_guard_in_a_message_a_window() -> None:
     """It judges after 16 tokens, 32 more, 64 more: what comes between would be told for nothing."""
     ward = Noting(guarded("strict", WordJudge()))
@@ -409,32 +155,3 @@ async def test_a_token_a_message_is_told_to_the_guard_in_a_message_a_window() ->
     assert out.text == "".join(pieces)
     assert "".join(ward.told) == out.text
     assert len(ward.told) < 20
-
-
-async def test_a_guard_that_asks_for_more_than_may_be_held_is_told_what_there_is() -> None:
-    def greedy(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        async def answers() -> AsyncIterator[Any]:
-            told, last = 0, False
-            async for request in requests:
-                if request.HasField("text"):
-                    told, last = told + len(request.text.text), request.text.last
-                    yield guard_pb2.CheckOutputResponse(
-                        taken_chars=told, released_chars=told, final=last, gather_bytes=(1 << 32) - 1
-                    )
-
-        return answers()
-
-    ward = Noting(Ward(greedy, hold_tokens=16))
-    pieces = [f"{number} " for number in range(100)]
-    out = await seen(ward, worker(pieces))
-    assert out.text == "".join(pieces)
-    assert max(told.count(" ") for told in ward.told) == 16
-
-
-async def test_what_was_gathered_before_a_fault_of_the_worker_is_judged_too() -> None:
-    ward = Noting(guarded("strict", WordJudge()))
-    pieces = ["word "] * 30
-    with pytest.raises(MeshError) as raised:
-        await seen(ward, worker(pieces, failure=MeshError(Reason.ENGINE_LOST, "gone")))
-    assert raised.value.reason == Reason.ENGINE_LOST
-    assert "".join(ward.told) == "".join(pieces)
