@@ -10,6 +10,29 @@ NOT_SPECIALIZED = ["rows", "active", "splits", "steps"]
 
 
 @triton.jit
+def finish_tile(
+    acc, x_scales, x_row, partials, counters, place, split, splits,
+    bias, weight_row, exists, residual, out, rows, valid, tile, N, out_stride, residual_stride,
+    BM: tl.constexpr, BN: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """From the sums of a program, (BM, BN), to the output: the scales of x's rows, the other splits, bias, activation
+    and residual, each where it is given.
+
+    x_row, rows, valid: (BM,), rows of x and of the output, and which there are; weight_row, exists: (BN,), likewise of
+    the weight; place: the tile's number among all, for `gather_splits`.
+    """
+    if x_scales is not None:
+        acc *= tl.load(x_scales + x_row, mask=valid, other=0.0)[:, None]
+    done = True
+    if partials is not None:
+        acc, done = gather_splits(acc, partials, counters, place, split, splits, valid, BM, BN)
+    if done:
+        if bias is not None:
+            acc += tl.load(bias + weight_row, mask=exists, other=0.0).to(tl.float32)[None, :]
+        store_tile(acc, out, residual, rows, valid, tile, N, out_stride, residual_stride, BM, BN, ACTIVATION)
+
+
+@triton.jit
 def gather_splits(acc, partials, counters, tile, split, splits, valid, BM: tl.constexpr, BN: tl.constexpr):
     """The sum over all splits of a tile, and whether this program, which came last, is the one that has it.
 

@@ -93,17 +93,12 @@ def prefill_attention(
     arguments["scale"], arguments["softcap"] = scales(scale, softcap)
     device, heads = query.device, query.shape[1]
     rows = most_queries * (heads // layer.kv_heads)
-    processors, capability, key = processors_of(device), capability_of(device), _key(layer, heads, sequences, rows)
-    if hopper.suits(query, layer, rows, capability):
-        default = hopper.default_config(layer.head_dim, layer.block_size, rows)
-        chosen = config or choose("prefill_attention_hopper", key, default, device)
-        hopper.launch(arguments, layer, heads, sequences, rows, processors, chosen)
-        return out
-    splits = default_splits(
-        layer.head_dim, rows, layer.kv_heads * sequences, tables.shape[1] * layer.block_size, processors
-    )
-    default = {**default_config(layer.format, layer.head_dim, rows, capability), "SPLITS": splits}
-    _launch(arguments, layer, sequences, rows, config or choose("prefill_attention", key, default, device))
+    if hopper.suits(query, layer, rows, capability_of(device)):
+        chosen = config or _configure_hopper(layer, heads, sequences, rows, device)
+        hopper.launch(arguments, layer, heads, sequences, rows, processors_of(device), chosen)
+    else:
+        chosen = config or _configure(layer, heads, sequences, rows, tables.shape[1] * layer.block_size, device)
+        _launch(arguments, layer, sequences, rows, chosen)
     return out
 
 
@@ -128,6 +123,18 @@ def default_splits(head_dim: int, rows: int, others: int, tokens: int, processor
     if programs >= processors:
         return 1
     return min(MOST_SPLITS, split_count(programs, -(-tokens // shape["TILE"]), processors, WAVES))
+
+
+def _configure(layer: KvLayer, heads: int, sequences: int, rows: int, tokens: int, device: torch.device) -> Config:
+    """tokens: the most that a block table has room for."""
+    splits = default_splits(layer.head_dim, rows, layer.kv_heads * sequences, tokens, processors_of(device))
+    default = {**default_config(layer.format, layer.head_dim, rows, capability_of(device)), "SPLITS": splits}
+    return choose("prefill_attention", _key(layer, heads, sequences, rows), default, device)
+
+
+def _configure_hopper(layer: KvLayer, heads: int, sequences: int, rows: int, device: torch.device) -> Config:
+    default = hopper.default_config(layer.head_dim, layer.block_size, rows)
+    return choose("prefill_attention_hopper", _key(layer, heads, sequences, rows), default, device)
 
 
 def _key(layer: KvLayer, heads: int, sequences: int, rows: int) -> tuple[int, ...]:

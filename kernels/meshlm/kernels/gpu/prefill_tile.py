@@ -36,6 +36,31 @@ def bits_set(mask):
 
 
 @triton.jit
+def seen_tiles(
+    lowest, highest, exists, split, splits, window, sink_tokens,
+    WINDOWED: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
+    """The share of a split in the tiles of keys that rows see: from `begin` to `end`, and every row sees those from
+    `middle` to `late` whole. They are counted without the `skipped` ones behind the first `sink_tiles`.
+
+    lowest, highest: the last positions that the first and the last of the rows see; exists: whether there are rows.
+    """
+    near, sink_tiles, whole = 0, 0, 0
+    if WINDOWED:
+        near = tl.maximum(lowest - window + 1, 0) // TILE
+        sink_tiles = tl.minimum(tl.cdiv(sink_tokens, TILE), near)
+        whole = tl.maximum(tl.cdiv(tl.maximum(highest - window + 1, 0), TILE), near)
+    skipped = near - sink_tiles
+    tiles = tl.where(exists, tl.maximum(tl.cdiv(tl.maximum(highest + 1, 0), TILE) - skipped, 0), 0)
+    share = tl.maximum(tl.cdiv(tiles, splits), LEAST)
+    begin = tl.minimum(split * share, tiles)
+    end = tl.minimum(begin + share, tiles)
+    middle = tl.minimum(tl.maximum(whole - skipped, begin), end)
+    late = tl.minimum(tl.maximum(tl.maximum(lowest + 1, 0) // TILE - skipped, middle), end)
+    return begin, middle, late, end, sink_tiles, skipped
+
+
+@triton.jit
 def attend_described(
     state, query0, keys, values, table, width, blocks, head, scale, softcap, begin, end, skipped,
     KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SOFTCAPPED: tl.constexpr,
@@ -97,18 +122,9 @@ def prefill_tile(
         lowest, highest = base - 1, length - 1
         chosen = nodes[:, None]
     exists = tile * ROWS < count * GROUP
-    near, sink_tiles, whole = 0, 0, 0
-    if WINDOWED:
-        near = tl.maximum(lowest - window + 1, 0) // TILE
-        sink_tiles = tl.minimum(tl.cdiv(sink_tokens, TILE), near)
-        whole = tl.maximum(tl.cdiv(tl.maximum(highest - window + 1, 0), TILE), near)
-    skipped = near - sink_tiles
-    tiles = tl.where(exists, tl.maximum(tl.cdiv(tl.maximum(highest + 1, 0), TILE) - skipped, 0), 0)
-    share = tl.maximum(tl.cdiv(tiles, splits), LEAST)
-    begin = tl.minimum(split * share, tiles)
-    end = tl.minimum(begin + share, tiles)
-    middle = tl.minimum(tl.maximum(whole - skipped, begin), end)
-    late = tl.minimum(tl.maximum(tl.maximum(lowest + 1, 0) // TILE - skipped, middle), end)
+    begin, middle, late, end, sink_tiles, skipped = seen_tiles(
+        lowest, highest, exists, split, splits, window, sink_tokens, WINDOWED, TILE, LEAST
+    )
 
     both = load_query(query, rows * query_row + heads * query_head, held, HEAD_DIM, FIRST, WIDTH0, WIDTH1)
     value_scale = 1.0

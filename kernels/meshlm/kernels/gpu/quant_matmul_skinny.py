@@ -12,7 +12,7 @@ import triton.language as tl
 
 from meshlm.kernels.gpu.dequantize_tile import unpack_int4
 from meshlm.kernels.gpu.dot import dot, dot_apart
-from meshlm.kernels.gpu.matmul_epilogue import NOT_SPECIALIZED, gather_splits, store_tile, weight_rows
+from meshlm.kernels.gpu.matmul_epilogue import NOT_SPECIALIZED, finish_tile, weight_rows
 
 SPAN = tl.constexpr(64)
 HALF = tl.constexpr(32)
@@ -64,16 +64,16 @@ def skinny_kernel(
             return
         m = tl.load(order + m)
     valid = m < rows
-    x_rows = x + (m // active if order is not None else m).to(tl.int64)[:, None] * x_stride
+    x_row = m // active if order is not None else m
+    x_rows = x + x_row.to(tl.int64)[:, None] * x_stride
     n, exists = weight_rows(tile, N, BN, ACTIVATION is not None)
     w_rows = codes + (expert * N + n.to(tl.int64))[None, :] * codes_stride
     scale_rows = scales if scales is None else scales + expert * N + n
     minimum_rows = minimums if minimums is None else minimums + expert * N + n
-    SYMMETRIC: tl.constexpr = minimums is None
-    acc = tl.zeros([BM, BN], tl.float32)
     first = split * steps
     last = tl.minimum(first + steps, tl.cdiv(cols, STEP))
     if GROUP == 0:
+        acc = tl.zeros([BM, BN], tl.float32)
         k = tl.arange(0, STEP)
         for step in tl.range(first, last, num_stages=STAGES):
             at = step * STEP + k
@@ -90,40 +90,62 @@ def skinny_kernel(
             acc *= tl.load(scale_rows, mask=exists, other=0.0).to(tl.float32)[None, :]
     else:
         tl.static_assert(STEP == 4 * HALF)
-        s0, s1, s2, s3 = _scales(scale_rows, first, last, exists, cols, scales_stride, GROUP, BN)
-        for step in tl.range(first, last, num_stages=STAGES):
-            # Read a step ahead: not all tiles have scales enough to be copied asynchronously.
-            n0, n1, n2, n3 = _scales(scale_rows, step + 1, last, exists, cols, scales_stride, GROUP, BN)
-            x0, x1, w0, w1 = _span(x_rows, w_rows, step * 2, valid, exists, cols, FORMAT, SYMMETRIC, EVEN, BN)
-            x2, x3, w2, w3 = _span(x_rows, w_rows, step * 2 + 1, valid, exists, cols, FORMAT, SYMMETRIC, EVEN, BN)
-            part = dot(x0, w0, tl.zeros([BM, BN], tl.float32))
-            if GROUP == HALF:
-                acc += part * s0[None, :]
-                part = tl.zeros([BM, BN], tl.float32)
-            part = dot(x1, w1, part)
-            if GROUP <= SPAN:
-                acc += part * s1[None, :]
-                part = tl.zeros([BM, BN], tl.float32)
-            part = dot(x2, w2, part)
-            if GROUP == HALF:
-                acc += part * s2[None, :]
-                part = tl.zeros([BM, BN], tl.float32)
-            acc += dot(x3, w3, part) * s3[None, :]
-            s0, s1, s2, s3 = n0, n1, n2, n3
-        if minimum_rows is not None:
-            begin, end = first * STEP, tl.minimum(last * STEP, cols)
-            acc = _add_minimums(acc, begin, end, x_rows, minimum_rows, valid, exists, scales_stride, GROUP, BM, BN)
-    if x_scales is not None:
-        acc *= tl.load(x_scales + (m // active if order is not None else m), mask=valid, other=0.0)[:, None]
-    done = True
-    if partials is not None:
-        acc, done = gather_splits(
-            acc, partials, counters, block * tl.num_programs(0) + tile, split, splits, valid, BM, BN
-        )
-    if done:
-        if bias is not None:
-            acc += tl.load(bias + expert * N + n, mask=exists, other=0.0).to(tl.float32)[None, :]
-        store_tile(acc, out, residual, m, valid, tile, N, out_stride, residual_stride, BM, BN, ACTIVATION)
+        acc = _grouped(
+            first, last, x_rows, w_rows, scale_rows, minimum_rows, valid, exists, cols, scales_stride,
+            FORMAT, GROUP, EVEN, BM, BN, STAGES,
+        )  # fmt: skip
+    finish_tile(
+        acc, x_scales, x_row, partials, counters, block * tl.num_programs(0) + tile, split, splits,
+        bias, expert * N + n, exists, residual, out, m, valid, tile, N, out_stride, residual_stride, BM, BN, ACTIVATION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _grouped(
+    first,
+    last,
+    x_rows,
+    w_rows,
+    scale_rows,
+    minimum_rows,
+    valid,
+    exists,
+    cols,
+    scales_stride,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The sums (BM, BN) over steps of columns from `first` to `last`, of weights whose groups have scales."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    SYMMETRIC: tl.constexpr = minimum_rows is None
+    s0, s1, s2, s3 = _scales(scale_rows, first, last, exists, cols, scales_stride, GROUP, BN)
+    for step in tl.range(first, last, num_stages=STAGES):
+        # Read a step ahead: not all tiles have scales enough to be copied asynchronously.
+        n0, n1, n2, n3 = _scales(scale_rows, step + 1, last, exists, cols, scales_stride, GROUP, BN)
+        x0, x1, w0, w1 = _span(x_rows, w_rows, step * 2, valid, exists, cols, FORMAT, SYMMETRIC, EVEN, BN)
+        x2, x3, w2, w3 = _span(x_rows, w_rows, step * 2 + 1, valid, exists, cols, FORMAT, SYMMETRIC, EVEN, BN)
+        part = dot(x0, w0, tl.zeros([BM, BN], tl.float32))
+        if GROUP == HALF:
+            acc += part * s0[None, :]
+            part = tl.zeros([BM, BN], tl.float32)
+        part = dot(x1, w1, part)
+        if GROUP <= SPAN:
+            acc += part * s1[None, :]
+            part = tl.zeros([BM, BN], tl.float32)
+        part = dot(x2, w2, part)
+        if GROUP == HALF:
+            acc += part * s2[None, :]
+            part = tl.zeros([BM, BN], tl.float32)
+        acc += dot(x3, w3, part) * s3[None, :]
+        s0, s1, s2, s3 = n0, n1, n2, n3
+    if minimum_rows is not None:
+        begin, end = first * 4 * HALF, tl.minimum(last * 4 * HALF, cols)
+        acc = _add_minimums(acc, begin, end, x_rows, minimum_rows, valid, exists, scales_stride, GROUP, BM, BN)
+    return acc
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from meshlm.kernels.gpu.dequantize_tile import unpack_int4
 from meshlm.kernels.gpu.dot import dot, dot_apart
-from meshlm.kernels.gpu.matmul_epilogue import NOT_SPECIALIZED, gather_splits, store_tile, weight_rows
+from meshlm.kernels.gpu.matmul_epilogue import NOT_SPECIALIZED, finish_tile, weight_rows
 
 SPAN = tl.constexpr(64)
 HALF = tl.constexpr(32)
@@ -96,17 +96,10 @@ def tall_kernel(
             FORMAT, GROUP, EVEN, BM, BN, STAGES,
         )  # fmt: skip
     acc = tl.trans(acc)
-    if x_scales is not None:
-        acc *= tl.load(x_scales + x_row, mask=valid, other=0.0)[:, None]
-    done = True
-    if partials is not None:
-        acc, done = gather_splits(
-            acc, partials, counters, block * (tl.num_programs(0) // blocks) + tile, split, splits, valid, BM, BN
-        )
-    if done:
-        if bias is not None:
-            acc += tl.load(bias + expert * N + n, mask=exists, other=0.0).to(tl.float32)[None, :]
-        store_tile(acc, out, residual, m, valid, tile, N, out_stride, residual_stride, BM, BN, ACTIVATION)
+    finish_tile(
+        acc, x_scales, x_row, partials, counters, block * (tl.num_programs(0) // blocks) + tile, split, splits,
+        bias, expert * N + n, exists, residual, out, m, valid, tile, N, out_stride, residual_stride, BM, BN, ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit
