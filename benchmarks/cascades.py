@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from harness import ROOT, Row, option_parser, report
 from model_answers import worker
-from model_routing import RESAMPLES, SEED, Array, apgr, at_share, best_penalty, curve, ridge
+from model_routing import Array, apgr, at_share, best_penalty, curve, interval, ridge
 from open_questions import Open, questions
 
 from meshlm.router.routing.complexity import features, load
@@ -98,13 +98,7 @@ class Pair:
 
     def interval(self, score: Array, value: Callable[[Array], float]) -> list[float]:
         """95%, by resampling the questions."""
-        chance, found = np.random.default_rng(SEED), []
-        for _ in range(RESAMPLES):
-            drawn = chance.integers(0, len(score), len(score))
-            line = curve(score[drawn], self.small[drawn], self.gain[drawn])
-            if line[-1] > line[0]:
-                found.append(value(line))
-        return [round(float(end), 3) for end in np.percentile(found, [2.5, 97.5])]
+        return interval(score, self.small, self.gain, value)
 
 
 def input_of(question: Open) -> pb.Input:

@@ -12,11 +12,12 @@ import sys
 import time
 from random import Random
 
-from entropy_data.packaged import DJANGO, LANGUAGES, translations
+from entropy_data.packaged import LANGUAGES, translations
 from harness import Row, options, report
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from meshlm.guard.languages import LETTERS, detect
+from meshlm.guard.training.sources import DJANGO
 
 PEER = "the first choice"
 SIZES = ((8, LETTERS), (LETTERS, 40), (40, 80), (80, 400))

