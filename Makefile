@@ -53,7 +53,7 @@ check-native: $(DEV_STAMP) ## the native kernels' tests with address and undefin
 	$(PY) -m meshlm.kernels.native.build --sanitize
 	MESHLM_NATIVE_SANITIZED=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	$(PY) -m pytest tests/kernels -k native
+	$(PY) -m pytest tests/kernels/native
 
 kernels: $(DEV_STAMP) ## compile every GPU kernel that serving runs, for sm_80, 86, 89, 90, 100 and 120, without a GPU
 	$(PY) -m meshlm.kernels.gpu.compile

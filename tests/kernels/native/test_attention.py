@@ -12,28 +12,16 @@ from hypothesis import strategies as st
 
 from meshlm.kernels.native import ops
 from meshlm.kernels.native.cache import Cache, CacheShape
-from meshlm.kernels.native.library import Library, NativeUnavailableError, open_library, supported_isas
+from meshlm.kernels.native.library import Library, open_library
 from meshlm.kernels.rope import reference_rope, rope_frequencies
+from tests.kernels.native.libraries import ISAS, needs_libraries
 
 # Largest error allowed, times the largest value: rounding of sums, then half a step of each format.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "bfloat16_pairs": 1e-2, "int8": 2e-2, "int4": 2.5e-1}
 POISON = 0xFF  # as floats, bfloat16 and scales: no number
 
 
-def _isas() -> tuple[str, ...]:
-    try:
-        return supported_isas()
-    except NativeUnavailableError:
-        return ()
-
-
-ISAS = _isas()
-pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
-
-
-@pytest.fixture(params=ISAS)
-def library(request: pytest.FixtureRequest) -> Library:
-    return open_library(request.param)
+pytestmark = needs_libraries
 
 
 @dataclass

@@ -10,25 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshlm.kernels.native import ops
-from meshlm.kernels.native.library import Library, NativeUnavailableError, open_library, supported_isas
+from meshlm.kernels.native.library import Library, open_library
 from meshlm.kernels.rms_norm import reference_rms_norm
 from meshlm.kernels.rope import reference_rope, rope_frequencies
+from tests.kernels.native.libraries import ISAS, needs_libraries
 
-
-def _isas() -> tuple[str, ...]:
-    try:
-        return supported_isas()
-    except NativeUnavailableError:
-        return ()
-
-
-ISAS = _isas()
-pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
-
-
-@pytest.fixture(params=ISAS)
-def library(request: pytest.FixtureRequest) -> Library:
-    return open_library(request.param)
+pytestmark = needs_libraries
 
 
 @given(

@@ -12,24 +12,11 @@ from hypothesis import strategies as st
 
 from meshlm.kernels.native import ops
 from meshlm.kernels.native.cache import Cache, CacheShape, compact
-from meshlm.kernels.native.library import Library, NativeUnavailableError, Pool, open_library, supported_isas
+from meshlm.kernels.native.library import Library, Pool, open_library
+from tests.kernels.native.libraries import ISAS, needs_libraries
 
-
-def _isas() -> tuple[str, ...]:
-    try:
-        return supported_isas()
-    except NativeUnavailableError:
-        return ()
-
-
-ISAS = _isas()
-pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
+pytestmark = needs_libraries
 DTYPES = ["float32", "bfloat16", "bfloat16_pairs", "int8", "int4"]
-
-
-@pytest.fixture(params=ISAS)
-def library(request: pytest.FixtureRequest) -> Library:
-    return open_library(request.param)
 
 
 @pytest.fixture

@@ -11,28 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshlm.kernels.native import ops
-from meshlm.kernels.native.library import Library, NativeUnavailableError, open_library, supported_isas
+from meshlm.kernels.native.library import Library, open_library
 from meshlm.kernels.native.structures import Draw
 from meshlm.kernels.sample import NO_TOKEN
 from meshlm.worker.engine.sampler import filter_logits
 from meshlm.worker.messages import Sampling
+from tests.kernels.native.libraries import ISAS, needs_libraries
 
-
-def _isas() -> tuple[str, ...]:
-    try:
-        return supported_isas()
-    except NativeUnavailableError:
-        return ()
-
-
-ISAS = _isas()
-pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
+pytestmark = needs_libraries
 NEAR = 1e-6  # of the whole probability: rounding
-
-
-@pytest.fixture(params=ISAS)
-def library(request: pytest.FixtureRequest) -> Library:
-    return open_library(request.param)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshlm.kernels.native.library import NativeUnavailableError, Pool, open_library, supported_isas
+from meshlm.kernels.native.library import Pool, open_library
 from meshlm.kernels.native.matmul import (
     multiply,
     quantize_activations,
@@ -22,6 +22,7 @@ from meshlm.kernels.native.matrix import pack
 from meshlm.kernels.native.memory import ALIGNMENT, Arena
 from meshlm.kernels.native.packed import Format, PackedMatrix
 from meshlm.kernels.quantize import GROUP, GroupQuantized, dequantize
+from tests.kernels.native.libraries import ISAS, needs_libraries
 
 EPSILON = 2.0**-24  # a float32 operation's largest relative error
 FORMATS = tuple(Format)
@@ -30,15 +31,7 @@ QUANTIZED = (Format.Q8, Format.Q4, Format.Q4M)
 Weight = torch.Tensor | GroupQuantized
 
 
-def _isas() -> tuple[tuple[str, ...], str]:
-    try:
-        return supported_isas(), ""
-    except NativeUnavailableError as error:
-        return (), str(error)
-
-
-ISAS, WHY = _isas()
-pytestmark = pytest.mark.skipif(not ISAS, reason=WHY)
+pytestmark = needs_libraries
 
 
 @pytest.fixture(scope="module", params=ISAS)
