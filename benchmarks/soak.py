@@ -9,6 +9,7 @@ the seed, where something is wrong.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import secrets
 import shutil
@@ -24,11 +25,13 @@ from soak_calls import KINDS, Call, Caller, allowed
 from soak_mesh import MODEL, ROUTERS, TENANTS, WORKERS, SoakMesh, running, until
 
 from meshlm.chassis.channels import open_channel
+from meshlm.chassis.errors import MeshError
 from meshlm.mesh.client import AsyncMesh
 
-LONGEST_STOP = 3.0  # seconds
-PAUSE = 1.6  # seconds between two faults, in the mean
-MOST_PATIENCE = 0.5  # seconds that a caller waits who is told to
+LONGEST_STOP = 6.0  # seconds
+PAUSE = 1.2  # seconds between two faults, in the mean
+MOST_PATIENCE = 1.0  # seconds that a caller waits who is told to
+BURST = 40  # calls at once of a caller that is in a hurry, now and then
 MOST_KILLS = 3  # of one process: the launcher gives up on one that dies five times in a minute
 TARGETS = (*WORKERS, *WORKERS, *ROUTERS, "guard", "cache", "valkey")
 
@@ -48,7 +51,7 @@ class Hand:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             await asyncio.sleep(self._chance.uniform(0.3, 2 * PAUSE - 0.3))
-            kind = self._chance.choice(("kill", "stop", "stop"))
+            kind = self._chance.choice(("kill", "stop", "stop", "renew"))
             if targets := [target for target in TARGETS if self._may(kind, target)]:
                 self._acts.add(asyncio.create_task(self._act(kind, self._chance.choice(targets))))
         await asyncio.gather(*self._acts)
@@ -58,7 +61,7 @@ class Hand:
         fellows = next((group for group in (WORKERS, ROUTERS) if target in group), None)
         if fellows is not None and len({*self._struck, target} & set(fellows)) == len(fellows):
             return False
-        return target not in self._struck and (kind == "stop" or self._kills[target] < MOST_KILLS)
+        return target not in self._struck and (kind != "kill" or self._kills[target] < MOST_KILLS)
 
     async def _act(self, kind: str, target: str) -> None:
         self._struck.add(target)
@@ -66,6 +69,8 @@ class Hand:
         try:
             if kind == "stop":
                 await self._soak.stop_for(target, seconds)
+            elif kind == "renew":
+                await self._soak.renew(target)
             else:
                 self._kills[target] += 1
                 await self._soak.kill(target, engine=engine and target in WORKERS)
@@ -84,7 +89,8 @@ async def use(soak: SoakMesh, number: int, seed: int, seconds: float, calls: lis
             for _ in range(chance.randrange(3, 30)):
                 if time.monotonic() >= until:
                     return
-                await follow(caller, caller.make(), calls)
+                count = BURST if chance.random() < 0.01 else 1
+                await asyncio.gather(*[follow(caller, caller.make(), calls) for _ in range(count)])
                 await asyncio.sleep(chance.uniform(0, 0.15))
 
 
@@ -117,8 +123,16 @@ async def whole(soak: SoakMesh) -> None:
             ready = {model.name: model.ready_replicas for model in await mesh.list_models()}
         return ready.get(MODEL) == len(WORKERS)
 
+    async def answers(router: str) -> bool:
+        """Its breakers tried again: what is asked meanwhile would be refused, though nobody is struck any more."""
+        async with AsyncMesh(soak.mesh.address(router), key=TENANTS[0].secret, deadline=20) as mesh:
+            with contextlib.suppress(MeshError):
+                return bool(await mesh.generate(messages=[("user", router)], max_tokens=1, cache="bypass"))
+            return False
+
     for router in ROUTERS:
         await until(lambda router=router: knows(router), 90)
+        await until(lambda router=router: answers(router), 30)
 
 
 async def soak_for(seconds: float, clients: int, seed: int, keep: Path | None) -> tuple[list[Row], list[str]]:
@@ -132,7 +146,6 @@ async def soak_for(seconds: float, clients: int, seed: int, keep: Path | None) -
         callers = [use(soak, number, seed, seconds, calls) for number in range(clients)]
         await asyncio.gather(hand.work(seconds), *callers)
         await whole(soak)
-        await asyncio.sleep(checks.AFTER / 4)  # breakers ask again
         await round_of(soak, "after", seed, calm)
         wrong = await judge(soak, calls, calm, before)
         started = time.monotonic()

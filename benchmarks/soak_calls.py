@@ -232,8 +232,13 @@ class Caller:
         if kind in ("cancel", "resume", "slow"):
             sampling.max_tokens = 200
             del sampling.stop[:]
+        if kind in ("stream", "several") and chance.random() < 0.3:
+            sampling.logprobs = chance.randrange(3)
         source = pb.Input(chat=pb.Chat(messages=messages))
         generation = pb.Generation(input=source, sampling=sampling, model=model, cache_policy=cache)
+        generation.priority = chance.choice(list(pb.Priority.values()))
+        generation.session = chance.choice(("", "", "a", "b"))
+        generation.return_token_ids = chance.random() < 0.2
         return inference_pb2.StreamGenerateRequest(generation=generation)
 
     def _spoil(self, call: Call) -> None:

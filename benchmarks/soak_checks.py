@@ -24,6 +24,7 @@ UNFORESEEN = ('"library":', "unforeseen error", "the service failed", "Traceback
 NOBODY_THERE = "ExecuteBatchError raised in core by servicer method"
 QUESTION_MS = 60_000  # that the store remembers a question, at most
 QUIET_SECONDS = 60.0  # within which all must be quiet
+SETTLING = 3.0  # seconds within which a call whose caller left is settled, on a busy machine
 GROWTH = 48 << 20  # bytes by which a process may grow in a run
 
 
@@ -62,7 +63,7 @@ def audit(soak: SoakMesh, calls: list[Call], log: dict[str, list[dict[str, Any]]
             continue
         hasty = call.ending == Reason.DEADLINE and call.kind == "hasty" and call.start is None  # may not have arrived
         lost = hasty or call.ending in (*unheard, "transport")
-        lost = lost or soak.faulty(call.begun, call.ended, *ROUTERS, after=1.0)
+        lost = lost or _unsettled(soak, call)
         if len(found) > 1 or not (found or lost):
             yield f"{call.id} ({call.kind}, {call.ending}) has {len(found)} records"
         if not found:
@@ -81,7 +82,7 @@ def audit(soak: SoakMesh, calls: list[Call], log: dict[str, list[dict[str, Any]]
 async def ledger(soak: SoakMesh, calls: list[Call], log: dict[str, list[dict[str, Any]]]) -> AsyncIterator[str]:
     """Each tenant was charged what its records say, and what reservations of killed routers hold; no more, no less."""
     lost = [call for call in calls if call.start is not None and (call.id not in log or call.kind == "library")]
-    lost = [call for call in lost if not call.cached and soak.faulty(call.begun, call.ended, *ROUTERS, after=1.0)]
+    lost = [call for call in lost if not call.cached and _unsettled(soak, call)]
     for tenant in TENANTS:
         taken = (record for records in log.values() for record in records if record["tenant"] == tenant.name)
         bills = {f"{record['request_id']}/{record['trace_id']}": record for record in taken}
@@ -116,6 +117,11 @@ async def _held(soak: SoakMesh, tenant: str) -> dict[str, int]:
             request = key.decode().split(":reservation:")[1].rpartition("/")[0]
             held[request] = held.get(request, 0) + int(float(value.split()[-1]))
     return held
+
+
+def _unsettled(soak: SoakMesh, call: Call) -> bool:
+    """Whether a router was struck before it can have settled the call."""
+    return soak.faulty(call.begun, call.ended + SETTLING, *ROUTERS, after=1.0)
 
 
 def _most(call: Call) -> int:

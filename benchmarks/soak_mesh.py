@@ -122,7 +122,7 @@ TENANTS = (
 class Fault:
     """What was done to a process, and when (seconds, time.time) it was whole again, as far as that is known."""
 
-    kind: str  # kill, kill_engine or stop
+    kind: str  # kill, kill_engine, renew or stop
     target: str
     begun: float
     ended: float = float("inf")
@@ -172,6 +172,14 @@ class SoakMesh:
         else:
             await until(lambda: self.child_pid(name) != pid)
             await self.ready(name)
+        fault.ended = time.time()
+
+    async def renew(self, name: str) -> None:
+        """SIGTERM, as a deployment that is rolled sends it, and until its successor serves."""
+        fault = Fault("renew", name, time.time())
+        self.faults.append(fault)
+        child = self.valkey if name == "valkey" else next(c for c in self.mesh._children if c.plan.name == name)
+        await child.renew(60)
         fault.ended = time.time()
 
     async def stop_for(self, name: str, seconds: float) -> None:

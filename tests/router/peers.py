@@ -213,6 +213,7 @@ class FakeCache(cache_pb2_grpc.CacheServiceServicer):
         self.down = False
         self.full = False  # will not store
         self.hold: asyncio.Event | None = None
+        self.storing: asyncio.Event | None = None  # before a `Store` is answered
         self.entries: dict[bytes, Any] = {}
         self.calls: list[str] = []
         self.lookups: list[cache_pb2.LookUpRequest] = []
@@ -231,6 +232,8 @@ class FakeCache(cache_pb2_grpc.CacheServiceServicer):
 
     async def Store(self, request: Any, context: Any) -> Any:
         self.calls.append("store")
+        if self.storing is not None:
+            await self.storing.wait()
         if self.full:
             raise RuntimeError
         self.entries[bytes.fromhex(request.key)] = request.answer

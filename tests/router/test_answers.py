@@ -92,3 +92,35 @@ class TestHangingCache:
     async def test_it_is_a_miss(self, mesh: Any) -> None:
         mesh.cache.hold = asyncio.Event()
         assert text_of(await collect(mesh.stream())) == "Hello big world"
+
+    @pytest.mark.parametrize("router_config", [{"cache_seconds": 0.5, "cache_retry_seconds": 600.0}])
+    async def test_only_the_first_request_waits_for_it(self, mesh: Any) -> None:
+        mesh.cache.hold = asyncio.Event()
+        for number in range(3):
+            assert text_of(await collect(mesh.stream(f"hi {number}"))) == "Hello big world"
+        assert len(mesh.cache.lookups) == 1
+
+    @pytest.mark.parametrize("router_config", [{"cache_seconds": 0.5, "cache_retry_seconds": 0.01}])
+    async def test_one_that_answers_again_is_found_out(self, mesh: Any) -> None:
+        mesh.cache.hold = asyncio.Event()
+        await collect(mesh.stream())
+        mesh.cache.hold.set()
+        async with asyncio.timeout(60):
+            while (await collect(mesh.stream()))[0].start.routing.reason != "cache_hit":
+                await asyncio.sleep(0.01)
+
+    @pytest.mark.parametrize("router_config", [{"cache_seconds": 600.0, "cache_retry_seconds": 600.0}])
+    async def test_a_flight_that_cannot_be_ended_holds_up_no_answers_end(self, mesh: Any) -> None:
+        """It is tried all the same: whoever asks the same waits for it."""
+        for worker in mesh.workers:
+            worker.hold = asyncio.Event()
+        leading = mesh.stream()
+        await leading.read()
+        mesh.cache.storing = asyncio.Event()  # as one that hangs
+        mesh.pipeline._answers._breaker.fail()
+        for worker in mesh.workers:
+            worker.hold.set()
+        async with asyncio.timeout(60):
+            assert text_of(await collect(leading)) == "Hello big world"
+        await until(lambda: mesh.cache.calls == ["look_up", "store"])
+        mesh.cache.storing.set()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import structlog
 
+from meshlm.chassis.breaker import Breaker
 from meshlm.chassis.calls import outgoing_metadata
 from meshlm.chassis.channels import open_channel
 from meshlm.chassis.telemetry import Name, client_span
@@ -39,6 +41,8 @@ class Answers:
         self._stub: Any = cache_pb2_grpc.CacheServiceStub(self._channel) if self._channel is not None else None
         self._seconds = config.cache_seconds
         self._wait = config.shared_flight_seconds
+        # A cache that does not answer is asked by one request at a time, so that not each pays the time-out.
+        self._breaker = Breaker(1 if config.cache_retry_seconds else 0, config.cache_retry_seconds)
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def stop(self) -> None:
@@ -91,32 +95,64 @@ class Answers:
         try:
             return await asyncio.shield(asking)
         except asyncio.CancelledError:
-            task = asyncio.create_task(self._give_back(asking))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._do_beside(self._give_back(asking))
             raise
+
+    def _do_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """What no request waits for."""
+        task = asyncio.create_task(work)
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     async def _give_back(self, asking: asyncio.Future[Lookup]) -> None:
         await self.release(await asking)
 
     async def _ask(self, request: cache_pb2.LookUpRequest, timeout: float) -> Lookup:  # noqa: ASYNC109  gRPC's own
+        if not self._breaker.allows():
+            return Lookup("unavailable")
         try:
             found = await self._stub.LookUp(request, timeout=timeout, metadata=outgoing_metadata())
         except grpc.RpcError as error:
+            self._note_failure(error, waited=timeout >= self._seconds)
             log.warning("the cache does not answer", code=error.code().name)
             return Lookup("unavailable")
+        except BaseException:
+            self._breaker.leave()
+            raise
+        self._breaker.succeed()
         outcome = _OUTCOMES.get(found.outcome, "unavailable")
         answer = found.answer if outcome in ("hit", "shared") else None
         return Lookup(outcome, answer, found.key, found.flight, request.model_revision)
 
+    def _note_failure(self, error: grpc.RpcError, *, waited: bool) -> None:
+        """`waited`: the cache had all of its time, and not only what was left of a caller's."""
+        late = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        if error.code() == grpc.StatusCode.UNAVAILABLE or (late and waited):
+            self._breaker.fail()
+        else:
+            self._breaker.leave()
+
     async def keep(self, lookup: Lookup, answer: cache_pb2.CachedAnswer) -> None:
         """Store the answer of a flight this request leads."""
+        await self._finish(self._keep(lookup, answer))
+
+    async def release(self, lookup: Lookup) -> None:
+        """End a flight without an answer, so that whoever waits goes on."""
+        await self._finish(self._release(lookup))
+
+    async def _finish(self, ending: Coroutine[Any, Any, None]) -> None:
+        """Of a flight. No request waits for a cache that does not answer."""
+        if self._breaker.open:
+            self._do_beside(ending)
+        else:
+            await ending
+
+    async def _keep(self, lookup: Lookup, answer: cache_pb2.CachedAnswer) -> None:
         request = cache_pb2.StoreRequest(key=lookup.key, flight=lookup.flight, answer=answer)
         if not await self._end("Store", request, lookup.flight):
             await self.release(lookup)  # too large to be sent, perhaps: whoever waits must not wait for it
 
-    async def release(self, lookup: Lookup) -> None:
-        """End a flight without an answer, so that whoever waits goes on."""
+    async def _release(self, lookup: Lookup) -> None:
         await self._end("Release", cache_pb2.ReleaseRequest(key=lookup.key, flight=lookup.flight), lookup.flight)
 
     async def _end(self, method: str, request: Any, flight: str) -> bool:
@@ -127,8 +163,10 @@ class Answers:
             try:
                 await getattr(self._stub, method)(request, timeout=self._seconds, metadata=outgoing_metadata())
             except grpc.RpcError as error:
+                self._note_failure(error, waited=True)
                 log.warning("a flight could not be ended", method=method, code=error.code().name)
                 return False
+        self._breaker.succeed()
         return True
 
 

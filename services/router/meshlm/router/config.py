@@ -188,6 +188,8 @@ class RouterConfig:
     guard_retry_seconds: float = 1.0
     # Seconds the cache may take to find an answer (waiting for another's flight is extra).
     cache_seconds: float = 1.0
+    # After the cache did not answer: seconds in which requests go on without it, but for one that tries. 0: each asks.
+    cache_retry_seconds: float = 1.0
     # Seconds to wait for another request's identical answer before making one's own.
     shared_flight_seconds: float = 60.0
     # Share of each limit that one router grants by itself while the ledger does not answer. Range (0, 1].
@@ -208,6 +210,8 @@ class RouterConfig:
             raise ValueError("lease_seconds must be at least 1, and reservation_seconds at least that")
         if self.guard_hold_tokens < 1 or self.guard_failures < 0:
             raise ValueError("guard_hold_tokens must be at least 1, and guard_failures at least 0")
+        if self.cache_retry_seconds < 0:
+            raise ValueError("cache_retry_seconds cannot be negative")
         if self.default_max_tokens < 1:
             raise ValueError("default_max_tokens must be at least 1")
         for name, values in (("id", [k.id for k in self.keys]), ("secret_hash", [k.secret_hash for k in self.keys])):
