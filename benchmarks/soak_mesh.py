@@ -221,13 +221,15 @@ class SoakMesh:
 
 
 async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float = 60.0) -> None:
-    """Raises TimeoutError."""
-    async with asyncio.timeout(seconds):
-        while True:
-            result = condition()
-            if result if isinstance(result, bool) else await result:
-                return
-            await asyncio.sleep(0.05)
+    """Raises TimeoutError. By the clock: the store's client may swallow a cancel, and `asyncio.timeout` is one."""
+    ends = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result if isinstance(result, bool) else await result:
+            return
+        if time.monotonic() >= ends:
+            raise TimeoutError
+        await asyncio.sleep(0.05)
 
 
 def _gone(pid: int) -> bool:
