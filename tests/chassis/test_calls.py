@@ -153,23 +153,30 @@ async def test_a_callers_request_id_is_kept_only_if_it_is_well_formed(rig: Rig, 
     assert rig.servicer.seen
 
 
+class StoppedError(grpc.aio.BaseError):
+    """As gRPC's own, which is not public, of a server that stops."""
+
+
 class BrokenContext:
     """Of a call whose connection broke: gRPC refuses to send before it says that the call is cancelled."""
 
-    aborted = False
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+        self.aborted = False
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return ()
 
     async def write(self, message: Any) -> None:
-        raise grpc.aio.InternalError
+        raise self.error
 
     async def abort(self, *status: Any) -> None:
         self.aborted = True
 
 
-async def test_a_caller_whose_connection_broke_is_no_error_of_the_service() -> None:
-    servicer, context = Servicer(), BrokenContext()
+@pytest.mark.parametrize("error", [grpc.aio.InternalError, StoppedError])
+async def test_a_caller_whose_connection_broke_is_no_error_of_the_service(error: type[Exception]) -> None:
+    servicer, context = Servicer(), BrokenContext(error)
     servicer.endless = True
     handlers = {
         "StreamGenerate": grpc.unary_stream_rpc_method_handler(

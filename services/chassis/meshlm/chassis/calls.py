@@ -116,11 +116,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 async def _write(context: grpc.aio.ServicerContext, message: Any) -> None:
-    """Raises CancelledError where nobody reads any more: a connection that breaks fails a write before it cancels the
-    call, and that is no error of ours."""
+    """Raises CancelledError where nobody reads any more: a connection that breaks, or a server that stops, fails a
+    write before it cancels the call, and that is no error of ours."""
     try:
         await context.write(message)
-    except grpc.aio.InternalError:
+    except (grpc.aio.UsageError, grpc.aio.AbortError):
+        raise
+    except grpc.aio.BaseError:
         log.info("the caller is gone")
         raise asyncio.CancelledError from None
 
