@@ -126,10 +126,6 @@ class StepSpan(ctypes.Structure):
     )
 
 
-class ScoreRow(ctypes.Structure):
-    _fields_ = (("row", c_int32), ("target", c_int32), ("logprob", c_float), ("entropy", c_float))
-
-
 class PoolRows(ctypes.Structure):
     _fields_ = (("row", c_int32), ("count", c_int32), ("sum", c_void_p))
 
