@@ -26,6 +26,10 @@ structlog.configure(processors=[*structlog.get_config()["processors"][:-1], _pla
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# OpenMP reads it when torch loads it: threads that spin for ever take a step's time a hundredfold on a busy machine.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
