@@ -131,9 +131,11 @@ def _most(call: Call) -> int:
 
 
 def _lost(soak: SoakMesh, record: dict[str, Any]) -> bool:
-    """Whether its router was killed after it: what that still owed the ledger is gone."""
+    """Whether its router ended after it: what that still owed a store that was away is gone."""
     written = datetime.fromisoformat(record["timestamp"]).timestamp()
-    return any(f.kind == "kill" and f.target == record["router"] and f.begun >= written - 1 for f in soak.faults)
+    return any(
+        f.kind in ("kill", "renew") and f.target == record["router"] and f.begun >= written - 1 for f in soak.faults
+    )
 
 
 async def quiet(soak: SoakMesh) -> AsyncIterator[str]:
