@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,15 @@ def test_a_neighbour_that_wants_log_probabilities_changes_nobodys_token(folder: 
     assert plain[1].token == careful[1].token
     assert len(careful[1].top) == 3
     assert careful[1].logprob is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread's page faults are told by Linux")
+def test_the_caches_memory_is_there_before_the_first_request_and_no_step_waits_for_it(folder: Path) -> None:
+    data = runner_for(folder, kv_blocks=400).decoder.cache.data  # 3 MB: in small pages
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    assert data[::4096].shape[0] > 700
+    data[::4096].max()
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 100
 
 
 def test_a_step_without_memory_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
