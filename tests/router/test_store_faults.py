@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from meshlm.chassis.config import StateConfig
 from meshlm.chassis.state import connect
+from meshlm.router.accounts import ledger
 from meshlm.router.accounts.limits import Usage
 from meshlm.router.config import KeyConfig
 from meshlm.router.replicas.ejections import Ballot
@@ -161,6 +163,36 @@ async def test_what_came_too_late_is_charged_once_when_the_store_is_quick_again(
     await book.ledger.stop()
     assert int(await state.get(DAY)) == used
     assert await state.zcard("meshlm:{t}:key:k:concurrent_streams") == 0
+
+
+async def test_a_router_that_ends_settles_once_its_store_answers(
+    client: Redis, wire: Wire, state: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_LAST_TRIES", 60.0)
+    book = Book(client, key(micros_per_day=100_000))
+    held = [await book.reserve(100, 300) for _ in range(3)]
+    wire.hung = True
+    for reservation in held:
+        assert not await book.ledger.settle(reservation, Usage(100, completion=5))
+    ending = asyncio.create_task(book.ledger.stop())
+    await until(lambda: book.ledger._paying is not None)
+    wire.hung = False
+    await ending
+    assert int(await state.get(DAY)) == 3 * 105
+
+
+async def test_a_router_ends_though_its_store_does_not_answer_and_says_what_is_lost(
+    client: Redis, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_LAST_TRIES", 0.0)
+    book = Book(client, key(micros_per_day=100_000))
+    held = [await book.reserve(100, 300) for _ in range(3)]
+    wire.hung = True
+    for reservation in held:
+        assert not await book.ledger.settle(reservation, Usage(100, completion=5))
+    with capture_logs() as lines:
+        await book.ledger.stop()
+    assert [line["count"] for line in lines if line["log_level"] == "error"] == [3]
 
 
 async def test_of_many_at_once_one_asks_a_store_that_hung_and_the_others_go_on(client: Redis, wire: Wire) -> None:

@@ -32,6 +32,8 @@ log = structlog.get_logger()
 _PAUSE = 1.0
 # Settlements kept for a ledger that does not answer.
 _OWED = 10_000
+# How long a router that ends tries to tell them, seconds: shorter than what it is given to end in.
+_LAST_TRIES = 5.0
 # What is over is remembered so long, ms, for an operation of it that comes late; as the script does a settlement.
 _OVER_MS = 60_000
 # Completion tokens reserved at a time.
@@ -57,14 +59,21 @@ class Ledger:
         self._state = meter().create_gauge(Name.LEDGER_EMERGENCY, "1", "1 while this router limits by itself")
 
     async def stop(self) -> None:
-        """End what runs beside requests; what the ledger was not told yet is told now, or never."""
+        """End what runs beside requests; what the ledger was not told yet is told within a few seconds, or never."""
         self._leases.clear()  # ends the renewal even where a cancel is swallowed, as Python 3.11's wait_for may
         for task in (self._renewing, self._paying):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-        await self._pay()
+        end = time.monotonic() + _LAST_TRIES
+        while self._owed and self._script is not None:
+            self._paying = asyncio.create_task(self._pay())
+            await self._paying
+            if self._owed and time.monotonic() > end:
+                log.error("settlements the ledger was not told: what they held stays charged", count=len(self._owed))
+                break
+            await asyncio.sleep(_PAUSE / 4 if self._owed else 0)
 
     async def reserve(
         self, identifier: str, terms: Terms, prompt: int, at_most: int, *, final: bool = False
@@ -219,11 +228,13 @@ class Ledger:
     async def _pay(self) -> None:
         """Tell the ledger what was settled while it did not answer; it knows by the id what it was told before."""
         while self._owed:
-            reservation, usage = self._owed[0]
+            debt = self._owed[0]
+            reservation, usage = debt
             lines = reservation.lines(usage)
             if await self._run("settle", reservation, lines, usage.completion, usage.completion) is None:
                 return
-            self._owed.popleft()
+            if self._owed[0] is debt:  # else it was the oldest of too many, and is gone
+                self._owed.popleft()
 
     def _keep(self, reservation: Reservation) -> None:
         """Renew the lease of its stream's place until it is settled."""
