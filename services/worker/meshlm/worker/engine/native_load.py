@@ -54,7 +54,7 @@ class NativeSource(Protocol):
 
 def native_library(settings: RunnerSettings) -> Library | None:
     """The native kernels, or None where something else is to run the model. Raises SettingsError where they were asked
-    for in vain."""
+    for in vain, or for what they cannot do: before anything is read."""
     size, on_cpu = settings.block_size, settings.device.partition(":")[0] == "cpu"
     if size < 1 or size & (size - 1):
         raise SettingsError(f"block_size {size} is not a power of two")
@@ -75,6 +75,8 @@ def native_library(settings: RunnerSettings) -> Library | None:
         return None
     if size % NATIVE_BLOCK:
         raise SettingsError(f"block_size {size}: the native engine wants multiples of {NATIVE_BLOCK}")
+    if settings.quantization == "fp8" or settings.kv_dtype == "fp8":
+        raise SettingsError("fp8 needs a GPU: the native engine knows int8 and int4")
     return library
 
 
@@ -90,8 +92,6 @@ def native_runner(
         raise SettingsError(
             f"the native engine knows up to {MOST_EXPERTS} experts, and this model has {config.experts}"
         )
-    if settings.quantization == "fp8" or settings.kv_dtype == "fp8":
-        raise SettingsError("fp8 needs a GPU: the native engine knows int8 and int4")
     kv_dtype = "bfloat16" if settings.kv_dtype == "auto" else settings.kv_dtype
     paired = kv_dtype == "bfloat16" and library.pair_products
     layout = "bfloat16_pairs" if paired else kv_dtype
